@@ -1,0 +1,264 @@
+"""What clients do in a round: train, compare models, and hand over one bounded message each.
+
+Everything here runs at the clients (this machine plays all of them). Nothing in this file is visible to server-side
+code except the `Message`s it yields, which go straight into the door. A client's private tensors are kept in its own
+folder under `clients/`, which stands for its own disk, and are written nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedcanary.engines.setup import Setup
+from fedcanary.errors import ClientFailed, Problem
+from fedcanary.models import stacked
+from fedcanary.models.adapters import Adapter, save
+from fedcanary.models.base import Rows
+from fedcanary.personalize import Held
+from fedcanary.personalize.fit import Recipe, fit
+from fedcanary.privacy.release import Message
+from fedcanary.probes.base import Answers, ClientView
+from fedcanary.rng import stream
+from fedcanary.types import Array, Item, Reading, Role, Scores
+
+T = TypeVar("T")
+Tap = Callable[[int, int, Mapping[str, Reading]], None]
+KEPT_CLIENTS = 512  # clients whose token rows stay in memory
+
+
+class _Recent:
+    """The values of the last so many keys."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Hashable, object] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        if key not in self._values:
+            self._values[key] = make()
+            if len(self._values) > self._size:
+                self._values.popitem(last=False)
+        self._values.move_to_end(key)
+        return self._values[key]  # type: ignore[return-value]
+
+
+class PrivateStore:
+    """Each client's private tensors, by round: `clients/<number>/private.<round>.safetensors`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def place(self, client: int) -> Path:
+        """The folder that stands for a client's own disk."""
+        return self.folder / f"{client:06d}"
+
+    def load(self, client: int, before: int) -> Adapter | None:
+        """What the client kept from its last round before `before`; None if it never took part."""
+        found = self._rounds(client)
+        usable = [round for round in found if round < before]
+        return load_file(found[max(usable)]) if usable else None
+
+    def save(self, client: int, round: int, private: Mapping[str, Tensor]) -> None:
+        """Keep the round's private tensors, and those of the round before in case this round is not completed."""
+        place = self.place(client)
+        place.mkdir(parents=True, exist_ok=True)
+        draft = place / "private.part"
+        save_file({name: t.contiguous() for name, t in private.items()}, draft)
+        older = sorted((r, p) for r, p in self._rounds(client).items() if r < round)
+        draft.replace(place / f"private.{round}.safetensors")
+        for _, path in older[:-1]:
+            path.unlink()
+
+    def _rounds(self, client: int) -> dict[int, Path]:
+        return {int(p.name.split(".")[1]): p for p in self.place(client).glob("private.*.safetensors")}
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One client's part in a round: its message, or None if its training failed; and its mean training loss."""
+
+    client: int
+    message: Message | None
+    loss: float
+
+
+class LocalClients:
+    """All the clients that this process plays."""
+
+    def __init__(self, setup: Setup, folder: Path, tap: Tap | None = None) -> None:
+        self._study, self._base, self._lora, self._method = setup.study, setup.base, setup.lora, setup.method
+        self._population, self._probes, self._tap = setup.population, setup.probes, tap
+        self._private = PrivateStore(folder)
+        self._first_private = setup.method.split(setup.initial).private
+        self._roles = {role: items for role, items in setup.items.items() if items}
+        self._items = tuple(item for items in self._roles.values() for item in items)
+        self._public = self._base.rows(self._items)
+        self._base_public = self._probabilities(stacked.score(self._base, self._lora, [], [self._public]))[0]
+        self._embedded = stacked.embed(self._base, self._public) if self._method.needs_embedding else np.zeros((0, 0))
+        self._recent = _Recent(KEPT_CLIENTS)
+        self._recipe = Recipe(
+            **{name: getattr(self._study.personalize, name) for name in Recipe.__dataclass_fields__}
+        )
+
+    def base_answers(self, role: Role) -> tuple[tuple[Item, ...], Array]:
+        """The base's choice probabilities (n, C) on a role's public items: public, the same for everyone."""
+        start, stop = self._slices().get(role, (0, 0))
+        return self._items[start:stop], self._base_public[start:stop]
+
+    def work(self, round: int, cohort: Sequence[int], shared: Adapter) -> Iterator[list[Sent]]:
+        """One round of the clients in `cohort`, in stacks; yields each stack's messages."""
+        common = None
+        if not self._first_private:  # then everyone holds the same model at the round's start
+            held = Held(stacked.repeat(shared, 1), {})
+            common = self._probabilities(self._score(held, [self._public], [self._embedded]))[0]
+        size = self._study.engine.stack
+        for first in range(0, len(cohort), size):
+            yield self._stack(round, cohort[first : first + size], shared, common)
+
+    def _stack(self, round: int, clients: Sequence[int], shared: Adapter, common: Array | None) -> list[Sent]:
+        k, method = len(clients), self._method
+        data = [self._train_rows(c, round) for c in clients]
+        local = [self._eval(c) for c in clients]
+        local_rows = [rows for _, rows in local]
+        private = [self._private.load(c, round) or self._first_private for c in clients]
+        own_z = [np.zeros((0, 0))] * k
+        held = Held(stacked.repeat(shared, k), stacked.stack(private) if self._first_private else {})
+        if method.needs_embedding:
+            own_z = [stacked.embed(self._base, rows) for rows in local_rows]
+            held = method.prepare(held, [stacked.embed(self._base, rows) for rows in data])
+        public_z = [self._embedded] * k
+        public = [self._public] * k
+
+        received_local = self._probabilities(self._score(held, local_rows, own_z))
+        received = [common] * k if common is not None else self._probabilities(self._score(held, public, public_z))
+
+        def order(j: int, epoch: int) -> np.random.Generator:
+            return stream(self._study.seed, "order", clients[j], round, epoch)
+
+        def local_fit(start: Adapter, **how: object) -> object:
+            return fit(self._base, self._lora, start, data, self._recipe, order, **how)  # type: ignore[arg-type]
+
+        trained = method.train(held, local_fit)
+        after_local = self._probabilities(self._score(trained.held, local_rows, own_z))
+        after = self._probabilities(self._score(trained.held, public, public_z))
+        sent = []
+        for j, client in enumerate(clients):
+            if trained.failed[j]:
+                self._failed(client, round)
+                sent.append(Sent(client, None, float(trained.loss[j])))
+                continue
+            view = self._view(client, received_local[j], after_local[j], received[j], after[j])
+            readings = {probe.name: probe.read(view) for probe in self._probes}
+            if self._tap is not None:
+                self._tap(round, client, readings)
+            weight = float(len(data[j])) if self._study.personalize.weighting == "examples" else 1.0
+            message = Message(
+                readings={name: reading.values for name, reading in readings.items()},
+                update=self._update(shared, trained.held.shared, j, weight),
+            )
+            if self._first_private:
+                self._private.save(client, round, stacked.unstack(trained.held.private, j))
+            if round == self._study.rounds and client < self._study.personalize.save_personalized:
+                self._keep_personalized(client, trained.held, j)
+            sent.append(Sent(client, message, float(trained.loss[j])))
+        return sent
+
+    def _failed(self, client: int, round: int) -> None:
+        if self._study.personalize.on_failure == "stop":
+            raise ClientFailed(
+                [
+                    Problem(
+                        f"client {self._population.name(client)!r}, round {round}",
+                        "its training loss is not finite",
+                        'lower personalize.lr, check the client\'s data, or set personalize.on_failure = "drop"',
+                    )
+                ]
+            )
+
+    def _view(
+        self, client: int, received_local: Array, after_local: Array, received: Array, after: Array
+    ) -> ClientView:
+        items, _ = self._eval(client)
+        base_local = self._recent.get(("base", client), lambda: self._base_local(client))
+        suites = {
+            role: Answers(
+                items=self._items[a:b],
+                base=self._base_public[a:b],
+                received=received[a:b],
+                personalized=after[a:b],
+            )
+            for role, (a, b) in self._slices().items()
+        }
+        local = Answers(items=items, base=base_local, received=received_local, personalized=after_local)
+        return ClientView(local=local, suites=suites, domains=self._population.domains(client))
+
+    def _slices(self) -> dict[Role, tuple[int, int]]:
+        slices, at = {}, 0
+        for role, items in self._roles.items():
+            slices[role] = (at, at + len(items))
+            at += len(items)
+        return slices
+
+    def _train_rows(self, client: int, round: int) -> Rows:
+        limit = self._study.clients.max_examples
+        items = self._recent.get(("items", client), lambda: self._population.items(client, "train"))
+        if limit is not None and len(items) > limit:
+            picked = stream(self._study.seed, "examples", client, round).choice(len(items), limit, replace=False)
+            return self._base.targets([items[i] for i in sorted(picked)])
+        return self._recent.get(("train", client), lambda: self._base.targets(items))
+
+    def _eval(self, client: int) -> tuple[tuple[Item, ...], Rows]:
+        def make() -> tuple[tuple[Item, ...], Rows]:
+            items = self._population.items(client, "eval")
+            return items, self._base.rows(items)
+
+        return self._recent.get(("eval", client), make)
+
+    def _base_local(self, client: int) -> Array:
+        _, rows = self._eval(client)
+        return self._probabilities(stacked.score(self._base, self._lora, [], [rows]))[0]
+
+    def _score(self, held: Held, rows: Sequence[Rows], embedded: Sequence[Array]) -> list[Scores]:
+        """Scores of K clients' models on K row lists."""
+        adapters = self._method.adapters(held)
+        weights = None
+        if self._method.needs_embedding:
+            widest = max(len(z) for z in embedded)
+            padded = [np.pad(z, ((0, widest - len(z)), (0, 0)), constant_values=np.nan) for z in embedded]
+            weights = self._method.weights(held, padded)
+        return stacked.score(self._base, self._lora, adapters, rows, weights=weights)
+
+    @staticmethod
+    def _probabilities(scores: Sequence[Scores]) -> list[Array]:
+        return [s.choice_probability() for s in scores]
+
+    @staticmethod
+    def _update(before: Adapter, after: Adapter, j: int, weight: float) -> Array:
+        """(weight * change of every shared number..., weight), float64, in the order of the names."""
+        changes = [(after[name][j] - tensor).double().reshape(-1).numpy() for name, tensor in sorted(before.items())]
+        return np.concatenate([*(weight * change for change in changes), np.array([weight])])
+
+    def _keep_personalized(self, client: int, held: Held, j: int) -> None:
+        """Write the client's final adapter (its own, in a mixture) to the client's own folder, in peft's format."""
+        own = stacked.unstack(self._method.adapters(held)[-1], j)
+        save(self._private.place(client) / "adapter", own, self._lora, self._base)
+
+
+def apply_update(shared: Adapter, total: Array) -> Adapter:
+    """The server's step: add the released weighted mean change to the shared tensors."""
+    weight = total[-1]
+    new, at = {}, 0
+    for name, tensor in sorted(shared.items()):
+        change = torch.from_numpy(total[at : at + tensor.numel()] / weight).reshape(tensor.shape)
+        new[name] = (tensor.double() + change).to(tensor.dtype)
+        at += tensor.numel()
+    return new

@@ -1,0 +1,275 @@
+"""The monitor: a pure `start` and `step`; releases in, evidence out.
+
+For each mode one or more streams, each a one-sided question about a mean or a share ("is it beyond the margin?").
+    alarm   each stream's e-process mixes tuning values lambda and, uniformly over the horizon T, start rounds:
+            acc_t(lambda) = (acc_{t-1}(lambda) + 1/T) e_t(lambda),  E_t = mean over lambda of acc_t + (T - t)/T,
+            an e-detector (Shin, Ramdas & Rinaldo 2023, arXiv 2203.03532, section 2) with a finite horizon. A mode's
+            evidence is the mean of its streams'; it alarms for good when that reaches 6 / alpha. By Ville's inequality
+            the chance of any false alarm, over all modes and rounds, is at most alpha.
+    clear   the product over the last WINDOW rounds against "beyond the margin"; all streams of a mode must pass
+            6 T / alpha, so the chance of any false `clear`, over all modes and rounds, is at most alpha. It expires
+            with its window: having been fine in round 3 says nothing about round 30.
+    unknown otherwise, and whenever a release is absent.
+A client that could not score a mode is counted in `missing`; for `clear` it counts as the worst possible client.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fedcanary.monitor import eprocess
+from fedcanary.probes.base import CLIP
+from fedcanary.types import Evidence, Mode, Release, State
+
+WINDOW = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """One question. `sign=-1` mirrors the coordinate, so that "negative is worse" always holds."""
+
+    name: str
+    kind: str  # "mean" or "share"
+    coord: str
+    square: str = ""
+    margin: float
+    sign: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModePlan:
+    """How a mode is judged. `estimate` says which streams' value is the mode's headline."""
+
+    mode: Mode
+    unit: str
+    margin: float
+    streams: tuple[Stream, ...]
+    reference: Mapping[str, float] = field(default_factory=dict)  # public facts of the base, e.g. its group contrasts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything the monitor decides beforehand."""
+
+    modes: tuple[ModePlan, ...]
+    alpha: float
+    horizon: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamState:
+    """Log accumulated evidence for each lambda, and the last rounds' log clear values for each lambda."""
+
+    worse: tuple[float, ...] = ()
+    window: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MonitorState:
+    """After `round` rounds: each stream's state by mode, and since when a mode has been in alarm."""
+
+    round: int
+    streams: Mapping[str, tuple[StreamState, ...]]
+    since: Mapping[str, int]
+
+
+def plan(
+    margins: Mapping[str, float], groups: Mapping[str, float], units: Mapping[str, str], alpha: float, horizon: int
+) -> Plan:
+    """The default plan. `groups` maps a group that is read to the base's own contrast of it.
+
+    For a group whose base contrast is r, widening means |r + mean change| > |r| + margin: upwards the change may go to
+    |r| - r + margin, downwards to -(|r| + r + margin); narrowing an existing gap is no alarm.
+    """
+    modes = []
+    for mode in Mode:
+        margin = margins[mode]
+        if mode == Mode.AMPLIFIED_BIAS:
+            streams = [
+                Stream(
+                    name=f"{group} {'gains' if sign < 0 else 'loses'}",
+                    kind="mean",
+                    coord=f"contrast:{group}",
+                    square=f"square:{group}",
+                    margin=abs(r) + sign * r + margin,
+                    sign=sign,
+                )
+                for group, r in groups.items()
+                for sign in (1, -1)
+            ]
+        elif mode == Mode.FAIRNESS_COLLAPSE:
+            streams = [Stream(name="left behind", kind="share", coord="tail", margin=margin)]
+        else:
+            streams = [Stream(name="mean", kind="mean", coord="delta", square="square", margin=margin)]
+        reference = dict(groups) if mode == Mode.AMPLIFIED_BIAS else {}
+        modes.append(
+            ModePlan(mode=mode, unit=units[mode], margin=margin, streams=tuple(streams), reference=reference)
+        )
+    return Plan(modes=tuple(modes), alpha=alpha, horizon=horizon)
+
+
+def start(plan: Plan) -> MonitorState:
+    """No evidence yet."""
+    return MonitorState(
+        round=0, streams={p.mode: tuple(StreamState() for _ in p.streams) for p in plan.modes}, since={}
+    )
+
+
+def step(
+    plan: Plan, state: MonitorState, releases: Mapping[str, Release]
+) -> tuple[MonitorState, tuple[Evidence, ...]]:
+    """Take in one round's releases. Pure: the same plan, state and releases give the same result."""
+    round = state.round + 1
+    streams, since, evidence = {}, dict(state.since), []
+    for mode_plan in plan.modes:
+        mode = mode_plan.mode
+        release = releases.get(mode)
+        old = state.streams[mode]
+        new = tuple(_advance(plan, s, o, release) for s, o in zip(mode_plan.streams, old, strict=True))
+        streams[str(mode)] = new
+        remaining = max(plan.horizon - round, 0) / plan.horizon
+        worse = _mean([_capital(s.worse, remaining) for s in new])
+        clear = min((_window_value(s) for s in new), default=0.0)
+        modes = len(plan.modes)
+        if worse >= modes / plan.alpha and mode not in since:
+            since[mode] = round
+        verdict: State = "unknown"
+        if mode in since:
+            verdict = "alarm"
+        elif clear >= modes * plan.horizon / plan.alpha:
+            verdict = "clear"
+        evidence.append(_evidence(mode_plan, release, verdict, worse, clear, since.get(mode), plan))
+    return MonitorState(round=round, streams=streams, since=since), tuple(evidence)
+
+
+def _advance(plan: Plan, stream: Stream, old: StreamState, release: Release | None) -> StreamState:
+    lambdas = len(eprocess.WORSE_LAMBDAS if stream.kind == "mean" else eprocess.BIT_LAMBDAS)
+    before = old.worse or (-math.inf,) * lambdas
+    if release is None:  # a round without an answer: nothing is learned, and nothing fresh supports a clear
+        worse, clear = (0.0,) * lambdas, (-math.inf,)
+    else:
+        worse, clear = _logs(stream, release)
+    begin = -math.log(plan.horizon)
+    return StreamState(
+        worse=tuple(eprocess.log_mean_exp([a, begin]) + math.log(2) + e for a, e in zip(before, worse, strict=True)),
+        window=(*old.window, clear)[-WINDOW:],
+    )
+
+
+def _logs(stream: Stream, release: Release) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    n, missing = release.count, release.sum("missing")
+    value = stream.sign * release.sum(stream.coord)
+    if stream.kind == "share":
+        worse = tuple(eprocess.log_bits_above(n, value, stream.margin, lam) for lam in eprocess.BIT_LAMBDAS)
+        return worse, tuple(
+            eprocess.log_bits_below(n, value + missing, stream.margin, lam) for lam in eprocess.BIT_LAMBDAS
+        )
+    square = release.sum(stream.square)
+    worse = tuple(eprocess.log_worse(n, value, square, stream.margin, lam) for lam in eprocess.WORSE_LAMBDAS)
+    low, high = value - CLIP * missing, square + CLIP**2 * missing
+    return worse, tuple(eprocess.log_clear(n, low, high, stream.margin, lam) for lam in eprocess.CLEAR_LAMBDAS)
+
+
+def _capital(worse: Sequence[float], remaining: float) -> float:
+    return math.exp(min(eprocess.log_mean_exp(worse), 600.0)) + remaining
+
+
+def _window_value(state: StreamState) -> float:
+    if len(state.window) == 0 or any(len(w) != len(state.window[-1]) for w in state.window):
+        return 0.0
+    totals = [sum(column) for column in zip(*state.window, strict=True)]
+    return math.exp(min(eprocess.log_mean_exp(totals), 600.0))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _evidence(
+    mode_plan: ModePlan,
+    release: Release | None,
+    state: State,
+    worse: float,
+    clear: float,
+    since: int | None,
+    plan: Plan,
+) -> Evidence:
+    if release is None:
+        why = "no release in this round" if mode_plan.streams else "no public items of this mode's role"
+        estimate, interval, details = math.nan, (math.nan, math.nan), {}
+    else:
+        estimate, interval = _headline(mode_plan, release)
+        details = {c: release.mean(c) for c in release.coords if not c.startswith("square")}
+        why = _why(state, clear, release, plan)
+    return Evidence(
+        mode=mode_plan.mode,
+        state=state,
+        estimate=estimate,
+        interval=interval,
+        unit=mode_plan.unit,
+        e_worse=worse,
+        e_not_worse=clear,
+        since_round=since,
+        why=why,
+        details=details,
+    )
+
+
+def _why(state: State, clear: float, release: Release, plan: Plan) -> str:
+    if state != "unknown":
+        return ""
+    missing = release.mean("missing")
+    if missing >= 0.5:
+        return f"{missing:.0%} of the clients could not score it"
+    need = len(plan.modes) * plan.horizon / plan.alpha
+    return f"neither test has enough evidence (for clear: {clear:.3g} of {need:.0f}); more clients or rounds would help"
+
+
+def _headline(mode_plan: ModePlan, release: Release) -> tuple[float, tuple[float, float]]:
+    """The mode's estimate over the round's clients with a 95% normal interval; how much *worse*, in the mode's unit."""
+    n = max(release.count - release.sum("missing"), 1.0)
+    if mode_plan.mode == Mode.AMPLIFIED_BIAS:
+        if not mode_plan.reference:
+            return math.nan, (math.nan, math.nan)
+        widening = {}
+        for group, r in mode_plan.reference.items():
+            change, half = _mean_interval(release, f"contrast:{group}", f"square:{group}", n)
+            widening[group] = (abs(r + change) - abs(r), half)
+        value, half = max(widening.values())
+        return value, (value - half, value + half)
+    if mode_plan.mode == Mode.FAIRNESS_COLLAPSE:
+        share = release.sum("tail") / n
+        half = 1.96 * math.sqrt(max(share * (1 - share), 0.0) / n + (release.noise("tail") / n) ** 2)
+        return share, (max(share - half, 0.0), min(share + half, 1.0))
+    change, half = _mean_interval(release, "delta", "square", n)
+    return -change, (-change - half, -change + half)
+
+
+def _mean_interval(release: Release, coord: str, square: str, n: float) -> tuple[float, float]:
+    value = release.sum(coord) / n
+    variance = max(release.sum(square) / n - value**2, 0.0)
+    return value, 1.96 * math.sqrt(variance / n + (release.noise(coord) / n) ** 2)
+
+
+
+def plan_body(plan: Plan) -> dict[str, Any]:
+    """The plan as the record keeps it."""
+    return asdict(plan)
+
+
+def plan_from(body: Mapping[str, Any]) -> Plan:
+    """Inverse of `plan_body`."""
+    modes = tuple(
+        ModePlan(
+            mode=Mode(mode["mode"]),
+            unit=mode["unit"],
+            margin=mode["margin"],
+            streams=tuple(Stream(**stream) for stream in mode["streams"]),
+            reference=mode["reference"],
+        )
+        for mode in body["modes"]
+    )
+    return Plan(modes=modes, alpha=body["alpha"], horizon=body["horizon"])

@@ -1,0 +1,33 @@
+"""From evidence to a verdict: each mode's state, whether the failure is silent, and what the policy says.
+
+A failure is *silent* when a mode is in alarm while the utility that a dashboard shows has not become worse than the
+base's: nobody who looks at loss or accuracy would have noticed (mission, section A).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from fedcanary.types import Evidence, Release, Verdict
+
+UTILITY = "utility"
+
+
+def utility_of(release: Release | None) -> tuple[float, float]:
+    """Mean utility of base and personalized models over the clients that answered; NaN without a release."""
+    if release is None:
+        return float("nan"), float("nan")
+    return release.mean("score_base"), release.mean("score_personalized")
+
+
+def judge(evidence: Sequence[Evidence], utility: Release | None, on_alarm: Literal["report", "stop"]) -> Verdict:
+    """The round's verdict."""
+    base, now = utility_of(utility)
+    fine = now >= base
+    states = {e.mode: e.state for e in evidence}
+    silent = {e.mode: e.state == "alarm" and fine for e in evidence}
+    alarms = [mode for mode, state in states.items() if state == "alarm"]
+    hold = bool(alarms) and on_alarm == "stop"
+    reasons = tuple(f"{mode} is in alarm" for mode in alarms)
+    return Verdict(states=states, silent=silent, action="hold" if hold else "adopt", reasons=reasons)
+
+

@@ -1,0 +1,207 @@
+"""The loop: base model -> clients -> personalization -> probes -> private release -> monitor -> policy -> record.
+
+This file is the table of contents of the program; each numbered step is a stage with a folder of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fedcanary import record as records
+from fedcanary.clients import panel
+from fedcanary.engines.local import LocalClients, Tap, apply_update
+from fedcanary.engines.setup import Setup
+from fedcanary.errors import BadInput
+from fedcanary.models import adapters
+from fedcanary.monitor import base as monitor
+from fedcanary.monitor.verdict import judge
+from fedcanary.privacy.release import UPDATE, Charge, Gate
+from fedcanary.probes.bias import contrasts, favourable_of
+from fedcanary.record import RunRecord
+from fedcanary.types import Release, Role, Verdict
+
+
+class Stopped(Exception):
+    """The user asked to stop; the record ends with the last complete round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What a run tells whoever watches it; `releases` and `verdict` when the round is complete."""
+
+    round: int
+    rounds: int
+    done: int
+    clients: int
+    releases: Mapping[str, Release] | None = None
+    verdict: Verdict | None = None
+
+
+def run(
+    setup: Setup,
+    out: Path,
+    *,
+    watch: Callable[[Progress], None] = lambda progress: None,
+    oracle_tap: Tap | None = None,
+) -> RunRecord:
+    """Run a study into a folder, or go on with the run it holds. Returns the record.
+
+    `oracle_tap` sees every client's exact readings. It exists for tests and benchmarks that need an all-seeing
+    oracle; no command of the program sets it.
+
+    Raises:
+        BadInput: the folder holds the run of another study, or a client failed.
+        Stopped: on an interrupt, after which the same call goes on to the same result.
+    """
+    study = setup.study
+    record = RunRecord.open(out)
+    clients = LocalClients(setup, out / "clients", oracle_tap)
+    plan = _plan(setup, clients)
+    _begin(record, setup, plan)
+    state = monitor.start(plan)
+    for _, past in sorted(record.releases().items()):
+        state, _ = monitor.step(plan, state, past)
+    shared = setup.shared
+    if record.rounds:
+        kept = adapters.load(round_folder(out, record.rounds))
+        shared = {name: kept[name] for name in shared}
+    with _interruptible() as interrupted:
+        for t in range(record.rounds + 1, study.rounds + 1 if not record.ended else 0):
+            started = time.monotonic()
+            # 1 base model and data were loaded by `engines.setup`   2 who trains and who answers
+            cohort = panel.draw(study.seed, t, len(setup.population), study.clients.per_round)
+            gate = Gate(t, setup.layout, study.privacy.trust, _ledger(record))
+            failed = done = 0
+            # 3 each client: theta_t -> theta_k,t   4 its probes compare theta_0, theta_t and theta_k,t
+            for sent in clients.work(t, cohort, shared):
+                for one in sent:
+                    if one.message is None:
+                        failed += 1
+                    else:
+                        gate.put(one.message)
+                done += len(sent)
+                watch(Progress(round=t, rounds=study.rounds, done=done, clients=len(cohort)))
+                if interrupted():
+                    raise Stopped
+            # 5 sum -> charge the ledger -> noise -> Release
+            releases = gate.close()
+            if UPDATE in releases:
+                shared = apply_update(shared, releases[UPDATE].total)
+            adapters.save(round_folder(out, t), setup.method.published(shared, setup.initial), setup.lora, setup.base)
+            # 6 the tests step on the new releases   7 policy over the evidence
+            state, evidence = monitor.step(plan, state, releases)
+            verdict = judge(evidence, releases.get("utility"), study.policy.on_alarm)
+            # 8 append; the report reads only the record
+            for release in releases.values():
+                if release.probe != UPDATE:  # it is in the shared adapter's file, whose digest follows
+                    record.append("release", records.fields(release))
+            record.append(
+                "round",
+                {
+                    "round": t,
+                    "clients": len(cohort),
+                    "failed": failed,
+                    "adapter": adapters.digest(shared),
+                    "evidence": [records.fields(e) for e in evidence],
+                    "verdict": records.fields(verdict),
+                },
+            )
+            _note_time(out, t, time.monotonic() - started)
+            watch(
+                Progress(
+                    round=t, rounds=study.rounds, done=done, clients=len(cohort), releases=releases, verdict=verdict
+                )
+            )
+            if verdict.action == "hold":
+                break
+    if not record.ended:
+        record.append("end", {"status": "finished" if record.rounds == study.rounds else "held"})
+    return record
+
+
+def replay(record: RunRecord) -> list[tuple[int, list[dict[str, Any]]]]:
+    """Each round's evidence, computed again from the recorded releases and the recorded plan alone."""
+    plan = monitor.plan_from(record.header["plan"])
+    state, table = monitor.start(plan), []
+    for round, releases in sorted(record.releases().items()):
+        state, evidence = monitor.step(plan, state, releases)
+        table.append((round, [dict(records.plain(records.fields(e))) for e in evidence]))
+    return table
+
+
+def round_folder(out: Path, round: int) -> Path:
+    """Where a round's shared adapter is."""
+    return out / "adapters" / f"round-{round:03d}"
+
+
+def _plan(setup: Setup, clients: LocalClients) -> monitor.Plan:
+    """The tests' plan. The base's own gaps between groups are public: public items, public model."""
+    items, table = clients.base_answers(Role.BIAS)
+    groups = next(p.groups for p in setup.probes if p.name == "amplified_bias")  # type: ignore[attr-defined]
+    gaps = contrasts(items, favourable_of(items, table), groups)
+    read = groups[:1] if len(groups) == 2 else groups
+    study = setup.study
+    return monitor.plan(
+        margins=study.probes.margins.model_dump(),
+        groups=dict(zip(read, gaps.tolist(), strict=False)),
+        units={p.mode: p.unit for p in setup.probes if p.mode is not None},
+        alpha=study.monitor.alpha,
+        horizon=study.rounds,
+    )
+
+
+def _begin(record: RunRecord, setup: Setup, plan: monitor.Plan) -> None:
+    header = setup.header() | {"plan": monitor.plan_body(plan)}
+    if not record.entries:
+        record.append("header", header)
+        return
+    now, then = records.plain(header)["digests"], record.header["digests"]
+    changed = [name for name in now if now[name] != then.get(name)]
+    if changed:
+        raise BadInput.of(
+            str(record.path.parent),
+            f"was made with another {' and '.join(changed)}",
+            "resume with the same study, model, data and suites, or start in another --out",
+        )
+
+
+def _ledger(record: RunRecord) -> Callable[[Charge], None]:
+    def charge(charge: Charge) -> None:
+        record.append("charge", records.fields(charge))
+
+    return charge
+
+
+def _note_time(out: Path, round: int, seconds: float) -> None:
+    with (out / "timing.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"round": round, "seconds": float(f"{seconds:.3f}")}) + "\n")
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """While open, the first Ctrl-C only asks; the second ends at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not in the main thread: the caller handles interrupts
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,159 @@
+"""What a probe is: it compares models on the same items and says K bounded numbers.
+
+Probes see choice probabilities, never models or tokens, so each of the six modes is a page of numpy.
+
+Laws (tests/contracts/test_probes.py holds every probe to them)
+    every value lies within its coordinate's bounds, whatever the view
+    the same view gives the same reading, and the order of a client's own items does not matter
+    items that cannot be scored are counted in `unscoreable` and never enter a value
+    a client that can say nothing says so: `missing` is 1 and its other values are 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
+
+from fedcanary.types import Array, Coord, Item, Mode, Reading, Role, Suite
+
+Which = Literal["base", "received", "personalized"]
+CLIP = 0.25  # bound on a client's paired difference; see docs/modes.md
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """Choice probabilities (n, C) of three models on the same n items; an unscoreable item is a row of NaN."""
+
+    items: tuple[Item, ...]
+    base: Array
+    received: Array
+    personalized: Array
+
+    def probability(self, which: Which) -> Array:
+        """(n, C) of one model."""
+        table: Array = getattr(self, which)
+        return table
+
+    def right(self, which: Which) -> Array:
+        """(n,) probability of the right answer; NaN where there is none or the item could not be scored."""
+        answers = np.array([-1 if item.answer is None else item.answer for item in self.items], dtype=np.int64)
+        table = self.probability(which)
+        picked = table[np.arange(len(answers)), np.maximum(answers, 0)] if len(answers) else np.zeros(0)
+        return np.where(answers >= 0, picked, np.nan)
+
+    def correct(self, which: Which) -> Array:
+        """(n,) 1 where the right answer is the likeliest, 0 where not, NaN as in `right`; per-token for free text."""
+        right, table = self.right(which), self.probability(which)
+        best = np.nanmax(np.where(np.isnan(table), -1.0, table), axis=1) if len(table) else np.zeros(0)
+        alone = np.array([len(item.choices) == 1 for item in self.items], dtype=bool)
+        hit = np.where(alone, right, (right >= best - 1e-12).astype(float))
+        return np.where(np.isnan(right), np.nan, hit)
+
+    def only(self, keep: Sequence[bool] | np.ndarray) -> Answers:
+        """The items that are to be kept."""
+        mask = np.asarray(keep, dtype=bool)
+        return Answers(
+            items=tuple(item for item, k in zip(self.items, mask, strict=True) if k),
+            base=self.base[mask],
+            received=self.received[mask],
+            personalized=self.personalized[mask],
+        )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientView:
+    """All that a client's probes may look at: its own held-out items, and the public suites by role."""
+
+    local: Answers
+    suites: Mapping[Role, Answers]
+    domains: frozenset[str] = frozenset()  # the client's own domains
+
+    def suite(self, role: Role) -> Answers | None:
+        """Answers on the suites of a role, or None if the study has none."""
+        return self.suites.get(role)
+
+
+class Probe(Protocol):
+    """One mode's instrument."""
+
+    mode: ClassVar[Mode | None]
+    name: ClassVar[str]
+    version: ClassVar[str]
+    unit: ClassVar[str]
+
+    @property
+    def coords(self) -> tuple[Coord, ...]:
+        """The K numbers that may leave a client."""
+
+    def read(self, view: ClientView) -> Reading:
+        """Measure one client."""
+
+
+def paired_coords(what: str) -> tuple[Coord, ...]:
+    """The four coordinates every mode has: a clipped paired difference, its square, the tail bit, nothing to say."""
+    return (
+        Coord(name="delta", low=-CLIP, high=CLIP, purpose=f"{what}; negative is worse; clipped"),
+        Coord(name="square", low=0.0, high=CLIP**2, purpose="delta squared, for the tests' variance"),
+        Coord(name="tail", low=0.0, high=1.0, purpose="1 if delta is beyond -tau"),
+        Coord(name="missing", low=0.0, high=1.0, purpose="1 if the client could not score this mode"),
+    )
+
+
+def paired_values(delta: float, tail: float) -> list[float]:
+    """Values of `paired_coords` for an unclipped difference; NaN means the client has nothing to say."""
+    if not np.isfinite(delta):
+        return [0.0, 0.0, 0.0, 1.0]
+    clipped = float(np.clip(delta, -CLIP, CLIP))
+    return [clipped, clipped**2, float(delta < -tail), 0.0]
+
+
+def bounded(value: float, low: float = -1.0, high: float = 1.0) -> float:
+    """The value inside its bounds; 0 (or the nearest bound) where it is not finite."""
+    return float(np.clip(value, low, high)) if np.isfinite(value) else float(np.clip(0.0, low, high))
+
+
+def mean(values: Array) -> float:
+    """Mean of the finite values; NaN if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else float("nan")
+
+
+def reading(probe: Probe, values: Sequence[float], *answers: Answers | None) -> Reading:
+    """Build a reading, counting what was scored and what was not in the answers it looked at."""
+    tables = [a.personalized for a in answers if a is not None]
+    unscoreable = sum(int(np.isnan(t).all(axis=1).sum()) for t in tables if len(t))
+    return Reading(
+        probe=probe.name,
+        values=np.asarray(values, dtype=np.float64),
+        scored=sum(len(t) for t in tables) - unscoreable,
+        unscoreable=unscoreable,
+    )
+
+
+def merge(suites: Sequence[Suite], role: Role) -> tuple[Item, ...]:
+    """All items of a role, in the order of the suites."""
+    return tuple(item for suite in suites if suite.role == role for item in suite.items)
+
+
+def join(answers: Sequence[Answers | None]) -> Answers | None:
+    """Several suites' answers as one list of items; None if there are none."""
+    present = [a for a in answers if a is not None and len(a)]
+    if not present:
+        return None
+    width = max(a.base.shape[1] for a in present)
+
+    def tall(tables: Sequence[Array]) -> Array:
+        return np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[1]))) for t in tables])
+
+    return Answers(
+        items=tuple(item for a in present for item in a.items),
+        base=tall([a.base for a in present]),
+        received=tall([a.received for a in present]),
+        personalized=tall([a.personalized for a in present]),
+    )
