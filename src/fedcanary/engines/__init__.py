@@ -1,0 +1,1 @@
+"""Where the loop runs, and what the clients of this machine do in a round."""

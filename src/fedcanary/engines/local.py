@@ -105,9 +105,7 @@ class LocalClients:
         self._base_public = self._probabilities(stacked.score(self._base, self._lora, [], [self._public]))[0]
         self._embedded = stacked.embed(self._base, self._public) if self._method.needs_embedding else np.zeros((0, 0))
         self._recent = _Recent(KEPT_CLIENTS)
-        self._recipe = Recipe(
-            **{name: getattr(self._study.personalize, name) for name in Recipe.__dataclass_fields__}
-        )
+        self._recipe = Recipe(**{name: getattr(self._study.personalize, name) for name in Recipe.__dataclass_fields__})
 
     def base_answers(self, role: Role) -> tuple[tuple[Item, ...], Array]:
         """The base's choice probabilities (n, C) on a role's public items: public, the same for everyone."""

@@ -93,7 +93,9 @@ def prepare(study: Study, cache: Path) -> Setup:
         table = study.model.lora
         lora = _try(
             problems,
-            lambda: adapters.find_targets(base, r=table.r, alpha=table.alpha, targets=table.targets, layers=table.layers),
+            lambda: adapters.find_targets(
+                base, r=table.r, alpha=table.alpha, targets=table.targets, layers=table.layers
+            ),
         )
     if problems or base is None or lora is None or loaded is None or population is None:
         raise BadInput(problems)

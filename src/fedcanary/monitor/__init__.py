@@ -1,0 +1,1 @@
+"""Tests on the releases, evidence, verdicts."""

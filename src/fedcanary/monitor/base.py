@@ -105,9 +105,7 @@ def plan(
         else:
             streams = [Stream(name="mean", kind="mean", coord="delta", square="square", margin=margin)]
         reference = dict(groups) if mode == Mode.AMPLIFIED_BIAS else {}
-        modes.append(
-            ModePlan(mode=mode, unit=units[mode], margin=margin, streams=tuple(streams), reference=reference)
-        )
+        modes.append(ModePlan(mode=mode, unit=units[mode], margin=margin, streams=tuple(streams), reference=reference))
     return Plan(modes=tuple(modes), alpha=alpha, horizon=horizon)
 
 
@@ -118,9 +116,7 @@ def start(plan: Plan) -> MonitorState:
     )
 
 
-def step(
-    plan: Plan, state: MonitorState, releases: Mapping[str, Release]
-) -> tuple[MonitorState, tuple[Evidence, ...]]:
+def step(plan: Plan, state: MonitorState, releases: Mapping[str, Release]) -> tuple[MonitorState, tuple[Evidence, ...]]:
     """Take in one round's releases. Pure: the same plan, state and releases give the same result."""
     round = state.round + 1
     streams, since, evidence = {}, dict(state.since), []
@@ -148,6 +144,8 @@ def step(
 def _advance(plan: Plan, stream: Stream, old: StreamState, release: Release | None) -> StreamState:
     lambdas = len(eprocess.WORSE_LAMBDAS if stream.kind == "mean" else eprocess.BIT_LAMBDAS)
     before = old.worse or (-math.inf,) * lambdas
+    worse: tuple[float, ...]
+    clear: tuple[float, ...]
     if release is None:  # a round without an answer: nothing is learned, and nothing fresh supports a clear
         worse, clear = (0.0,) * lambdas, (-math.inf,)
     else:
@@ -252,7 +250,6 @@ def _mean_interval(release: Release, coord: str, square: str, n: float) -> tuple
     value = release.sum(coord) / n
     variance = max(release.sum(square) / n - value**2, 0.0)
     return value, 1.96 * math.sqrt(variance / n + (release.noise(coord) / n) ** 2)
-
 
 
 def plan_body(plan: Plan) -> dict[str, Any]:

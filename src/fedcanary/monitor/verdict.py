@@ -29,5 +29,3 @@ def judge(evidence: Sequence[Evidence], utility: Release | None, on_alarm: Liter
     hold = bool(alarms) and on_alarm == "stop"
     reasons = tuple(f"{mode} is in alarm" for mode in alarms)
     return Verdict(states=states, silent=silent, action="hold" if hold else "adopt", reasons=reasons)
-
-

@@ -1,0 +1,68 @@
+# Everything here works on a fresh Debian or Ubuntu with Python 3.11+ and make: `make demo`, `make test`.
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+
+# The CPU build where plain pip finds one; any torch >= 2.6 that is already in the environment is kept.
+TORCH ?= torch==2.13.0
+
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+# Nothing here needs a model hub: a missing file is an error, not a download.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-all lint bench-demo bench-plants example-hatecheck example-shakespeare bundled clean help
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 22
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+
+$(VENV)/.torch: | $(BIN)/python
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	@touch $@
+
+demo: $(VENV)/.installed ## run the bundled demonstration and say where its report is
+	@rm -rf $(OUT)
+	@$(BIN)/fedcanary run --out $(OUT); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 3 ]
+
+test: $(VENV)/.test ## the default test suite (under 5 minutes)
+	$(BIN)/python -m pytest -q
+
+test-all: $(VENV)/.test ## every test, the slow, statistical, browser and service ones too
+	$(BIN)/python -m pytest -q -m 'slow or not slow' --timeout 1800
+
+lint: $(VENV)/.test ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bundled: $(VENV)/.installed ## train the bundled model again (about 10 CPU-minutes)
+	$(BIN)/python tools/pretrain_bundled.py
+
+bench-demo: $(VENV)/.installed ## time and memory of the demonstration
+	$(BIN)/python benchmarks/demo.py
+
+bench-plants: $(VENV)/.installed ## the 140 runs: six planted failures and none, 20 seeds each
+	$(BIN)/python benchmarks/plants.py
+
+example-hatecheck: $(VENV)/.test ## all six modes on HateCheck with a real encoder (needs FEDCANARY_DATA)
+	$(BIN)/python examples/hatecheck/run.py
+
+example-shakespeare: $(VENV)/.installed ## one client per speaker (needs FEDCANARY_DATA)
+	$(BIN)/python examples/shakespeare/run.py
+
+clean: ## remove what was made
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache
