@@ -1,9 +1,9 @@
 """Every error a user can meet, and the exit code it ends the program with.
 
-    FedcanaryError                 exit 1 (our bug, unless a subclass says otherwise)
-      BadInput                     exit 2: carries every `Problem` found, each with its remedy
-        ClientFailed               exit 2: one client's training or data went wrong (names the client)
-      Refused                      exit 4: a ledger, a contract or a policy said no
+FedcanaryError                 exit 1 (our bug, unless a subclass says otherwise)
+  BadInput                     exit 2: carries every `Problem` found, each with its remedy
+    ClientFailed               exit 2: one client's training or data went wrong (names the client)
+  Refused                      exit 4: a ledger, a contract or a policy said no
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ def run(
             releases = gate.close()
             if UPDATE in releases:
                 shared = apply_update(shared, releases[UPDATE].total)
-            adapters.save(round_folder(out, t), setup.method.published(shared, setup.initial), setup.lora, setup.base)
+            published = setup.method.published(shared, setup.initial)
+            adapters.save(round_folder(out, t), published, setup.lora, setup.base)
             # 6 the tests step on the new releases   7 policy over the evidence
             state, evidence = monitor.step(plan, state, releases)
             verdict = judge(evidence, releases.get("utility"), study.policy.on_alarm)
@@ -109,7 +110,7 @@ def run(
                     "round": t,
                     "clients": len(cohort),
                     "failed": failed,
-                    "adapter": adapters.digest(shared),
+                    "adapter": adapters.digest(published),
                     "evidence": [records.fields(e) for e in evidence],
                     "verdict": records.fields(verdict),
                 },

@@ -107,6 +107,7 @@ class RunRecord:
                 entry = Entry(**json.loads(line))
                 good = entry.seq == number_ - 1 and entry.prev == prev
                 good = good and entry.digest == _digest(entry.seq, entry.kind, entry.body, prev)
+                good = good and _line(entry) == line + b"\n"  # another spelling of the same values is a change too
             except (ValueError, TypeError):
                 good = False
             if not good:

@@ -33,7 +33,7 @@ class Mode(StrEnum):
 
 
 class Role(StrEnum):
-    """What a suite is for. A probe asks for suites by role, so that a user's own suite can take a packaged one's place."""
+    """What a suite is for. Probes ask for suites by role, so a user's own can take a packaged one's place."""
 
     BIAS = "bias"  # items with a group; the same question asked about different groups
     STEREOTYPE = "stereotype"  # two sentences, choice 0 the stereotyped one; no right answer

@@ -4,7 +4,6 @@ With everyone in every round the draw says nothing and saves nothing. A uniform 
 replacement is fresh in each round; it is not claimed as privacy amplification, because the server knows who was drawn.
 """
 
-
 from fedcanary.rng import stream
 
 
@@ -13,5 +12,3 @@ def draw(seed: int, round: int, clients: int, per_round: int | None) -> list[int
     if per_round is None or per_round >= clients:
         return list(range(clients))
     return sorted(int(c) for c in stream(seed, "cohort", round).choice(clients, per_round, replace=False))
-
-

@@ -26,7 +26,7 @@ from fedcanary.models.base import Rows
 from fedcanary.personalize import Held
 from fedcanary.personalize.fit import Recipe, fit
 from fedcanary.privacy.release import Message
-from fedcanary.probes.base import Answers, ClientView
+from fedcanary.probes.base import Answers, ClientView, relevant
 from fedcanary.rng import stream
 from fedcanary.types import Array, Item, Reading, Role, Scores
 
@@ -134,7 +134,7 @@ class LocalClients:
             own_z = [stacked.embed(self._base, rows) for rows in local_rows]
             held = method.prepare(held, [stacked.embed(self._base, rows) for rows in data])
         public_z = [self._embedded] * k
-        public = [self._public] * k
+        public = [self._asked(self._population.domains(c)) for c in clients]
 
         received_local = self._probabilities(self._score(held, local_rows, own_z))
         received = [common] * k if common is not None else self._probabilities(self._score(held, public, public_z))
@@ -198,6 +198,15 @@ class LocalClients:
         }
         local = Answers(items=items, base=base_local, received=received_local, personalized=after_local)
         return ClientView(local=local, suites=suites, domains=self._population.domains(client))
+
+    def _asked(self, domains: frozenset[str]) -> Rows:
+        """The public rows that a client with these domains is asked: what no probe would look at costs nothing."""
+
+        def make() -> Rows:
+            pairs = [(role, item) for role, items in self._roles.items() for item in items]
+            return self._public.only([relevant(role, item, domains) for role, item in pairs])
+
+        return self._recent.get(("asked", domains), make)
 
     def _slices(self) -> dict[Role, tuple[int, int]]:
         slices, at = {}, 0

@@ -17,8 +17,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -90,9 +92,11 @@ def find_targets(
     if absent:
         problem = f"{absent[0]!r} matches no linear layer of {base.source!r}"
         raise BadInput.of(where, problem, f"{did_you_mean(absent[0], suffixes)} (there are: {', '.join(suffixes)})")
-    chosen = tuple(n for n in backbone if n.rsplit(".", 1)[-1] in names and _in_layers(n, layers))
-    if not chosen:
-        raise BadInput.of("model.lora.layers", f"no target lies in layers {list(layers or ())}", "count layers from 0")
+    named = [n for n in backbone if n.rsplit(".", 1)[-1] in names]
+    beyond = [layer for layer in layers or () if not any(_in_layers(n, (layer,)) for n in named)]
+    chosen = tuple(n for n in named if _in_layers(n, layers))
+    if beyond or not chosen:
+        raise BadInput.of("model.lora.layers", f"no target lies in layers {beyond}", "count layers from 0")
     if base.task == "classify" and not heads:
         raise BadInput.of("model.source", "the classifier's head was not found", "use a model with a classifier head")
     whole = sum(p.numel() for h in head_modules for p in base.model.get_submodule(h).parameters())
@@ -117,11 +121,11 @@ def _in_layers(name: str, layers: Sequence[int] | None) -> bool:
     return bool(numbers) and int(numbers[0]) in layers
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
+def _sizes(module: Any) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     rows, columns = module.weight.shape  # Conv1D of GPT-2 keeps its weight as (in, out)
-    return int(rows), int(columns)  # type: ignore[arg-type]
+    return int(rows), int(columns)
 
 
 def initial(base: BaseModel, lora: Lora, seed: int, dtype: torch.dtype = torch.float32) -> Adapter:
@@ -161,7 +165,7 @@ def save(folder: Path, adapter: Mapping[str, Tensor], lora: Lora, base: BaseMode
 
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha,
         target_modules=set(lora.names),
         layers_to_transform=list(lora.layers) if lora.layers is not None else None,
         fan_in_fan_out=lora.fan_in_fan_out,
@@ -185,8 +189,17 @@ def save(folder: Path, adapter: Mapping[str, Tensor], lora: Lora, base: BaseMode
 
 
 def load(folder: Path) -> Adapter:
-    """Read an adapter's tensors from a folder that `save` or peft wrote."""
-    return from_peft(load_file(folder / "adapter_model.safetensors"))
+    """Read an adapter's tensors from a folder that `save` or peft wrote.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter.
+        BadInput: its file is damaged.
+    """
+    path = folder / "adapter_model.safetensors"
+    try:
+        return from_peft(load_file(path))
+    except SafetensorError as error:
+        raise BadInput.of(str(path), f"is no adapter file ({error})", "restore it, or save it again") from error
 
 
 def digest(adapter: Mapping[str, Tensor]) -> str:

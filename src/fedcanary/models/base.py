@@ -43,6 +43,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def only(self, keep: Sequence[bool]) -> Rows:
+        """The rows of the items to keep; the table's shape stays, so the other items become unscored."""
+        kept = [row for row, item in enumerate(self.items()) if keep[item]]
+        return Rows([self.ids[row] for row in kept], [self.targets[row] for row in kept], self.shape)
+
     def items(self) -> list[int]:
         """The item each row belongs to."""
         return [targets[0][2] // self.shape[1] if targets else 0 for targets in self.targets]
@@ -147,6 +152,8 @@ class BaseModel:
 
     def _causal_rows(self, rows: Rows, cell: int, item: Item) -> None:
         encoded = [self.encode(item.prompt, choice) for choice in item.choices]
+        if not all(item.choices) or any(start == 0 for _, start in encoded):
+            return  # nothing to predict, so no row: the item is unscoreable, and counted so
         prefixes = {tuple(ids[:start]) for ids, start in encoded}
         if len(prefixes) == 1 and all(len(ids) == start + 1 for ids, start in encoded):
             rows.ids.append(list(prefixes.pop()))
@@ -192,7 +199,7 @@ def load(
         auto = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a head the folder lacks is created here: always the same
-            model = auto.from_pretrained(where, config=config, dtype=dtype, **kwargs)
+            model, found = auto.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(where, **kwargs)
     except Exception as error:  # transformers, safetensors, tokenizers and json each raise their own
         raise BadInput.of(
@@ -201,6 +208,13 @@ def load(
             "check that the folder holds config.json, model.safetensors and the tokenizer files, all complete, "
             "or name a hub id with its revision",
         ) from error
+    absent = sorted(found["missing_keys"]) if task == "causal" else []  # a classifier's new head may be absent
+    if absent:
+        raise BadInput.of(
+            f"model {source!r}",
+            f"is no complete causal model: {len(absent)} of its tensors are in no file, {absent[0]} among them",
+            "use a model that was saved as a causal language model, or set model.task",
+        )
     model.eval().requires_grad_(False)
     if task == "classify" and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

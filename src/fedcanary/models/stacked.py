@@ -32,8 +32,9 @@ class Part:
 
 
 def stack(adapters: Sequence[Adapter]) -> Adapter:
-    """K adapters as one, with a leading K on every tensor."""
-    return {name: torch.stack([adapter[name] for adapter in adapters]) for name in adapters[0]}
+    """K adapters as one, with a leading K on every tensor that all of them have."""
+    names = [name for name in adapters[0] if all(name in adapter for adapter in adapters)]
+    return {name: torch.stack([adapter[name] for adapter in adapters]) for name in names}
 
 
 def unstack(stacked: Mapping[str, Tensor], k: int) -> Adapter:
@@ -50,6 +51,8 @@ def repeat(adapter: Mapping[str, Tensor], k: int) -> Adapter:
 def attached(base: BaseModel, lora: Lora, parts: Sequence[Part], k: int) -> Iterator[None]:
     """While open, the base computes with the given adapters; afterwards it is the base again."""
     handles = []
+    if base.task == "causal":
+        _ = base.plain_head  # a fact about the bare base, found out before there are hooks
     try:
         for name in lora.targets:
             triples = [(p.params[f"{name}.lora_A"], p.params[f"{name}.lora_B"], p.weight) for p in parts]

@@ -25,6 +25,7 @@ from fedcanary.probes.base import CLIP
 from fedcanary.types import Evidence, Mode, Release, State
 
 WINDOW = 3
+REACH = 0.8 * CLIP  # a margin at or beyond the clip cannot be seen in clipped values, so no `clear` leans on it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +169,8 @@ def _logs(stream: Stream, release: Release) -> tuple[tuple[float, ...], tuple[fl
     square = release.sum(stream.square)
     worse = tuple(eprocess.log_worse(n, value, square, stream.margin, lam) for lam in eprocess.WORSE_LAMBDAS)
     low, high = value - CLIP * missing, square + CLIP**2 * missing
-    return worse, tuple(eprocess.log_clear(n, low, high, stream.margin, lam) for lam in eprocess.CLEAR_LAMBDAS)
+    reach = min(stream.margin, REACH)
+    return worse, tuple(eprocess.log_clear(n, low, high, reach, lam) for lam in eprocess.CLEAR_LAMBDAS)
 
 
 def _capital(worse: Sequence[float], remaining: float) -> float:

@@ -9,8 +9,8 @@ kappa(h) = (-ln(1 - h) - h) / h^2, for which ln(1 + x) >= x - kappa(h) x^2 whene
 lemma 4.1; used as in Howard et al. 2020, arXiv 1808.03204, and Waudby-Smith & Ramdas 2023, arXiv 2010.09686).
 
 Assumption of every function here: the values are bounded as said. Nothing is assumed about their variance, shape or
-dependence: with y_i = d_i + m, prod (1 - lambda y_i) <= ((1/n) sum (1 - lambda y_i))^n
-<= exp(-lambda (S + n m)), so the statements hold for the mean of the very clients that answered, and in expectation for clients drawn independently.
+dependence: with y_i = d_i + m, prod (1 - lambda y_i) <= ((1/n) sum (1 - lambda y_i))^n <= exp(-lambda (S + n m)), so
+the statements hold for the mean of the very clients that answered, and in expectation for independently drawn ones.
 """
 
 from __future__ import annotations

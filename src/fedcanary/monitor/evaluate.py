@@ -19,9 +19,9 @@ LAST = 3  # the oracle judges the mean of a run's last rounds, so that one odd r
 class AllSeeingOracle:
     """Collects exact readings (as an `oracle_tap`) and judges them against the margins."""
 
-    def __init__(self, probes: Sequence[Probe], reference: Mapping[str, float]) -> None:
+    def __init__(self, probes: Sequence[Probe], reference: Mapping[str, float] | None = None) -> None:
         self._coords = {p.name: [c.name for c in p.coords] for p in probes}
-        self._reference = dict(reference)  # the base's own contrast of each group that is read
+        self.reference = dict(reference or {})  # the base's own contrast of each group that is read
         self._rounds: dict[int, list[Mapping[str, Reading]]] = {}
 
     def __call__(self, round: int, client: int, readings: Mapping[str, Reading]) -> None:
@@ -38,8 +38,8 @@ class AllSeeingOracle:
     def estimate(self, round: int, mode: Mode) -> float:
         """How much worse the mode is in a round, in its unit; NaN if no client could score it."""
         if mode == Mode.AMPLIFIED_BIAS:
-            changes = {g: self.column(round, mode, f"contrast:{g}") for g in self._reference}
-            widening = [abs(r + changes[g].mean()) - abs(r) for g, r in self._reference.items() if len(changes[g])]
+            changes = {g: self.column(round, mode, f"contrast:{g}") for g in self.reference}
+            widening = [abs(r + changes[g].mean()) - abs(r) for g, r in self.reference.items() if len(changes[g])]
             return float(max(widening, default=np.nan))
         coord = "tail" if mode == Mode.FAIRNESS_COLLAPSE else "delta"
         values = self.column(round, mode, coord)

@@ -104,6 +104,7 @@ def fit(
         loss_steps[last] += 1
         rate = _rate(recipe, step, steps)
         optimizer.step(gradients, active & ~failed, rate)
+    failed |= ~_finite(list(moving.values()), k)  # the last step has no later loss to show it
     mean = np.divide(loss_sum, loss_steps, out=np.full(k, np.nan), where=loss_steps > 0)
     return Fitted({n: t.detach() for n, t in params.items()}, mean, failed)
 
@@ -112,9 +113,7 @@ def _dtype(params: Mapping[str, Tensor]) -> torch.dtype:
     return next(iter(params.values())).dtype
 
 
-def _plan(
-    rows: Rows, recipe: Recipe, order: Callable[[int, int], np.random.Generator], k: int
-) -> list[list[int]]:
+def _plan(rows: Rows, recipe: Recipe, order: Callable[[int, int], np.random.Generator], k: int) -> list[list[int]]:
     chunks = []
     for epoch in range(recipe.epochs):
         shuffled = order(k, epoch).permutation(len(rows)).tolist()

@@ -59,23 +59,39 @@ class Gate:
         self._charge = charge
         self._totals: dict[str, Array] = {}
         self._count = 0
+        self._closed = False
 
     def put(self, message: Message) -> None:
-        """Add a client's message to the sums. Values outside their bounds are the client's bug, and are refused."""
+        """Add a client's message to the sums.
+
+        Whatever the layout does not say, and values outside their bounds, are the client's bug: the message is refused
+        whole.
+        """
+        if self._closed:
+            raise FedcanaryError("a message came after its round was closed")
+        if message.readings.keys() != self._layout.keys():
+            raise FedcanaryError(f"a message with {sorted(message.readings)} where {sorted(self._layout)} may pass")
         for name, coords in self._layout.items():
             values = message.readings[name]
-            low, high = np.array([[c.low, c.high] for c in coords]).T
+            low, high = np.array([[c.low, c.high] for c in coords]).reshape(-1, 2).T
             if values.shape != low.shape or not np.all((values >= low) & (values <= high)):  # also refuses NaN
                 raise FedcanaryError(f"a reading of {name} lies outside its bounds")
-        if not np.all(np.isfinite(message.update)):
-            raise FedcanaryError("an update is not finite")
+        before = self._totals.get(UPDATE, message.update)
+        if message.update.ndim != 1 or message.update.shape != before.shape or not np.all(np.isfinite(message.update)):
+            raise FedcanaryError("an update is not finite, or not of the others' size")
         for name, values in {**message.readings, UPDATE: message.update}.items():
             total = self._totals.get(name)
             self._totals[name] = values.astype(np.float64) if total is None else total + values
         self._count += 1
 
     def close(self) -> dict[str, Release]:
-        """Write the charge, then release the sums, by probe name; empty if no client sent anything."""
+        """Write the charge, then release the sums, by probe name; empty if no client sent anything.
+
+        A gate closes once: a second look at the same sums would be a second release.
+        """
+        if self._closed:
+            raise FedcanaryError(f"round {self._round} was released before")
+        self._closed = True
         if self._count == 0:
             return {}
         digest = hashlib.blake2b(f"{self._round}".encode(), digest_size=8)

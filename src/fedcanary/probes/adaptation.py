@@ -10,15 +10,15 @@ Forgetting under fine-tuning: Qi et al. 2023 (arXiv 2310.03693), for safety; Kir
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedcanary.probes.base import Answers, ClientView, bounded, join, mean, paired_coords, paired_values, reading
+from fedcanary.probes.base import Answers, ClientView, Which, bounded, join, mean, paired_coords, paired_values, reading
 from fedcanary.types import Coord, Mode, Reading, Role
 
 
-def change(answers: Answers | None, before: str, after: str) -> float:
+def change(answers: Answers | None, before: Which, after: Which) -> float:
     """Mean change of the right answer's probability over items both models could score; NaN if there are none."""
     if answers is None:
         return float("nan")
-    return mean(answers.right(after) - answers.right(before))  # type: ignore[arg-type]
+    return mean(answers.right(after) - answers.right(before))
 
 
 @dataclass(frozen=True, slots=True)

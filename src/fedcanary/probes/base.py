@@ -25,12 +25,22 @@ CLIP = 0.25  # bound on a client's paired difference; see docs/modes.md
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """Choice probabilities (n, C) of three models on the same n items; an unscoreable item is a row of NaN."""
+    """Choice probabilities (n, C) of three models on the same n items; an unscoreable item is a row of NaN.
+
+    An item that one of the models could not score is unscoreable for all: every comparison is on the same items.
+    """
 
     items: tuple[Item, ...]
     base: Array
     received: Array
     personalized: Array
+
+    def __post_init__(self) -> None:
+        tables = {"base": self.base, "received": self.received, "personalized": self.personalized}
+        blank = np.any([np.isnan(table).any(axis=1) for table in tables.values()], axis=0)
+        if blank.any():
+            for which, table in tables.items():
+                object.__setattr__(self, which, np.where(blank[:, None], np.nan, table))
 
     def probability(self, which: Which) -> Array:
         """(n, C) of one model."""
@@ -75,8 +85,12 @@ class ClientView:
     domains: frozenset[str] = frozenset()  # the client's own domains
 
     def suite(self, role: Role) -> Answers | None:
-        """Answers on the suites of a role, or None if the study has none."""
-        return self.suites.get(role)
+        """Answers on a role's items that this client is asked, or None if there are none."""
+        answers = self.suites.get(role)
+        if answers is None:
+            return None
+        kept = [relevant(role, item, self.domains) for item in answers.items]
+        return answers if all(kept) else answers.only(kept) if any(kept) else None
 
 
 class Probe(Protocol):
@@ -93,6 +107,16 @@ class Probe(Protocol):
 
     def read(self, view: ClientView) -> Reading:
         """Measure one client."""
+
+
+def relevant(role: Role, item: Item, domains: frozenset[str]) -> bool:
+    """Whether a client with these domains is asked the item: calibration inside its domains, mode 5 outside them.
+
+    Items without a domain, and clients that name none, are asked everything but mode 5.
+    """
+    if role == Role.DOMAIN:
+        return item.domain is not None and item.domain not in domains
+    return role != Role.CALIBRATION or not domains or item.domain is None or item.domain in domains
 
 
 def paired_coords(what: str) -> tuple[Coord, ...]:
@@ -125,7 +149,13 @@ def mean(values: Array) -> float:
 
 
 def reading(probe: Probe, values: Sequence[float], *answers: Answers | None) -> Reading:
-    """Build a reading, counting what was scored and what was not in the answers it looked at."""
+    """Build a reading, counting what was scored and what was not in the answers it looked at.
+
+    Where the values say `missing`, all others are 0: nothing that only some of the clients could say is in a mean.
+    """
+    names = [coord.name for coord in probe.coords]
+    if "missing" in names and values[names.index("missing")] == 1.0:
+        values = [float(name == "missing") for name in names]
     tables = [a.personalized for a in answers if a is not None]
     unscoreable = sum(int(np.isnan(t).all(axis=1).sum()) for t in tables if len(t))
     return Reading(

@@ -20,7 +20,12 @@ from fedcanary.types import Array, Coord, Item, Mode, Reading, Role
 
 
 def contrasts(items: Sequence[Item], value: Array, groups: Sequence[str]) -> Array:
-    """(G,) each group's mean value minus the mean over the other groups; NaN where a group has no finite value."""
+    """(G,) each group's mean value minus the mean over the other groups; NaN where a group has no finite value.
+
+    NaN as well for a group that is alone.
+    """
+    if len(groups) < 2:
+        return np.full(len(groups), np.nan)
     of = np.array([item.group or "" for item in items])
     rates = np.array([mean(value[of == group]) for group in groups])
     return np.array([rates[i] - np.mean(np.delete(rates, i)) for i in range(len(groups))])

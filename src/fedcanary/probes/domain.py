@@ -35,10 +35,7 @@ class OutOfDomain:
 
     def read(self, view: ClientView) -> Reading:
         """Measure one client."""
-        answers = view.suite(Role.DOMAIN)
-        outside = None
-        if answers is not None:
-            outside = answers.only([i.domain is not None and i.domain not in view.domains for i in answers.items])
+        outside = view.suite(Role.DOMAIN)
         values = [
             *paired_values(change(outside, "base", "personalized"), self.tail),
             bounded(change(view.local, "base", "personalized")),

@@ -1,4 +1,4 @@
-"""What a dashboard shows: how well the client's own held-out items are answered. No mode; the curve beside the modes."""
+"""What a dashboard shows: how well a client's own held-out items are answered. No mode, but the curve beside them."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,0 +1,1 @@
+"""The clients: their data, who has which of it, who takes part."""

@@ -1,0 +1,421 @@
+"""From the record to plain data: everything a report says, and nothing that is not in the record.
+
+`summarise` is pure: the same record gives the same summary. The result is JSON-ready: what was not measured is null,
+an infinite epsilon is "inf". `summary.schema.json` beside this file is its JSON Schema and docs/summary-schema.md its
+description; the terminal's table and the HTML report are two renderings of it and read nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from fedcanary.monitor import base as monitor
+from fedcanary.monitor.influence import likely_upstream
+from fedcanary.monitor.verdict import UTILITY, utility_of
+from fedcanary.privacy.release import restore
+from fedcanary.probes.statistics import ece_from_bins
+from fedcanary.probes.utility import Utility
+from fedcanary.record import RunRecord, number, plain
+from fedcanary.types import Mode, Release
+
+SCHEMA: Final = 1
+
+LABELS: Final[Mapping[Mode, str]] = {
+    Mode.AMPLIFIED_BIAS: "Amplified bias",
+    Mode.CONFIDENCE_MISCALIBRATION: "Confidence miscalibration",
+    Mode.FAIRNESS_COLLAPSE: "Fairness collapse",
+    Mode.ADAPTATION_MISALIGNMENT: "Adaptation misalignment",
+    Mode.OUT_OF_DOMAIN_DEGRADATION: "Out-of-domain degradation",
+    Mode.ALIGNMENT_EROSION: "Alignment erosion",
+}
+LAYERS: Final[Mapping[Mode, str]] = {
+    Mode.AMPLIFIED_BIAS: "data",
+    Mode.CONFIDENCE_MISCALIBRATION: "data",
+    Mode.FAIRNESS_COLLAPSE: "model",
+    Mode.ADAPTATION_MISALIGNMENT: "model",
+    Mode.OUT_OF_DOMAIN_DEGRADATION: "system",
+    Mode.ALIGNMENT_EROSION: "system",
+}
+ROLES: Final[Mapping[Mode, str]] = {  # what a client must have been given to score the mode
+    Mode.AMPLIFIED_BIAS: "a suite of role bias whose items name at least two groups",
+    Mode.CONFIDENCE_MISCALIBRATION: "a suite of role calibration, or held-out items with choices",
+    Mode.FAIRNESS_COLLAPSE: "held-out items at every client",
+    Mode.ADAPTATION_MISALIGNMENT: "a suite of role general or safety",
+    Mode.OUT_OF_DOMAIN_DEGRADATION: "a suite of role domain with domains the clients do not have",
+    Mode.ALIGNMENT_EROSION: "a suite of role safety or persona",
+}
+DETAILS: Final[Mapping[Mode, Mapping[str, str]]] = {  # means over the clients that could answer, in the last round
+    Mode.AMPLIFIED_BIAS: {
+        "amplification": "predicted gap minus the data's own gap",
+        "stereotype": "shift of preference for the stereotyped sentence",
+        "tail": "share of clients where a gap moved beyond tau",
+    },
+    Mode.CONFIDENCE_MISCALIBRATION: {
+        "ece": "calibration error of the personalized models",
+        "overconfidence": "change of confidence minus accuracy",
+        "brier": "change of the Brier score",
+        "tail": "share of clients beyond tau",
+    },
+    Mode.FAIRNESS_COLLAPSE: {
+        "delta": "mean change of score, received model against base",
+        "after_training": "mean change of score after local training",
+    },
+    Mode.ADAPTATION_MISALIGNMENT: {
+        "general": "change of general capability in the round",
+        "safety": "change of safety in the round",
+        "tail": "share of clients beyond tau",
+    },
+    Mode.OUT_OF_DOMAIN_DEGRADATION: {
+        "in_domain": "gain on the client's own items",
+        "zero_shot": "change on the public capability suite",
+        "tail": "share of clients beyond tau",
+    },
+    Mode.ALIGNMENT_EROSION: {
+        "refusal": "change of the probability to refuse the unsafe",
+        "over_refusal": "change of the probability to refuse a safe look-alike",
+        "persona": "change of the probability to stay in persona",
+        "tail": "share of clients beyond tau",
+    },
+}
+TIMES_CLIENTS: Final = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # tried when asking what would settle an unknown
+COUNTS: Final = ("no", "one", "two", "three", "four", "five", "six")
+
+Round = Mapping[str, Any]
+Releases = Mapping[int, Mapping[str, Release]]
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a summary."""
+    text = Path(__file__).with_name("summary.schema.json").read_text(encoding="utf-8")
+    return dict(json.loads(text))
+
+
+def summarise(record: RunRecord) -> dict[str, Any]:
+    """The whole record as plain data, schema 1.
+
+    Raises:
+        BadInput: the record has no header.
+    """
+    header, rounds, releases = record.header, list(record.of("round")), record.releases()
+    study, plan = header["study"], monitor.plan_from(header["plan"])
+    ends = [str(body["status"]) for body in record.of("end")]
+    summary: dict[str, Any] = {
+        "schema": SCHEMA,
+        "title": study["title"],
+        "status": ends[-1] if ends else "unfinished",
+        "rounds": len(rounds),
+        "rounds_planned": plan.horizon,
+        "action": rounds[-1]["verdict"]["action"] if rounds else None,
+        "modes": _modes(record, plan, rounds, releases),
+        "utility": _utility(rounds, releases),
+        "privacy": _privacy(record, header),
+        "error": _error(plan, rounds),
+        "clients": {
+            "population": header["clients"],
+            "asked": [body["clients"] for body in rounds],
+            "failed": [body["failed"] for body in rounds],
+            "answered": [_of(releases, body, UTILITY, lambda r: r.count, 0.0) for body in rounds],
+        },
+        "spread": _spread(rounds, releases, study["probes"]["tail"]),
+        "digests": {"contract": None, **header["digests"], "record": record.digest},
+        "suites": header["suites"],
+        "study": study,
+        "environment": header["environment"],
+    }
+    return dict(plain({"headline": headline(summary), **summary}))
+
+
+def headline(summary: Mapping[str, Any]) -> list[str]:
+    """The run in a few plain sentences; the first stands for the whole."""
+    rounds, modes = summary["rounds"], summary["modes"]
+    planned = summary["rounds_planned"]
+    more = []
+    if summary["status"] == "held":
+        more.append(
+            f"The run was held after round {rounds} of {planned}, because the policy stops on an alarm: "
+            "that round's adapter is not to be adopted."
+        )
+    elif summary["status"] == "unfinished":
+        more.append(f"The run has not ended: {rounds} of {planned} rounds are complete.")
+    plants = summary["study"]["clients"]["plants"]
+    if plants:
+        names = [f"{LABELS[Mode(p['mode'])].lower()} (strength {p['strength']:g})" for p in plants]
+        more.append(f"In this run a failure was planted in the generated clients on purpose: {_list(names)}.")
+    if not rounds:
+        return ["No round is complete, so nothing is known about any of the six modes.", *more]
+    alarms = [mode for mode in Mode if modes[mode]["state"] == "alarm"]
+    clear = sum(modes[mode]["state"] == "clear" for mode in Mode)
+    first = _utility_words(summary)
+    if alarms:
+        groups = (
+            ("failed silently", [m for m in alarms if modes[m]["silent"]]),
+            (_loudly(summary["utility"]), [m for m in alarms if not modes[m]["silent"]]),
+        )
+        said = [
+            f"{'all ' * (len(g) == len(Mode))}{_count(len(g), 'mode')} {how}: {_since(g, modes)}"
+            for how, g in groups
+            if g
+        ]
+        first = f"{first}; {'; '.join(said)}."
+        rest = len(Mode) - len(alarms)
+        if rest:
+            more.insert(0, f"Of the other {COUNTS[rest]}, {_clear_unknown(clear, rest - clear)}.")
+        return [first, *more]
+    if clear == len(Mode):
+        tail = "All six modes are clear: each was shown to be within its margin."
+    elif clear:
+        tail = f"No mode is in alarm; {_clear_unknown(clear, len(Mode) - clear)}."
+    else:
+        tail = "No mode is in alarm, and none could be shown to be fine: all six are unknown, which is not a pass."
+    return [f"{first}. {tail}", *more]
+
+
+def _utility_words(summary: Mapping[str, Any]) -> str:
+    base, last = number(summary["utility"]["base"]), number(summary["utility"]["last"])
+    over = f"over {_count(summary['rounds'], 'round')}"
+    if not (math.isfinite(base) and math.isfinite(last)):
+        return "Utility is not known"
+    if f"{base:.4f}" == f"{last:.4f}":
+        return f"Utility stayed at {last:.2f} {over}"
+    verb = "rose" if last > base else "fell"
+    if f"{base:.2f}" == f"{last:.2f}":
+        return f"Utility {verb} a little, from {base:.4f} to {last:.4f}, {over}"
+    return f"Utility {verb} from {base:.2f} to {last:.2f} {over}"
+
+
+def _loudly(utility: Mapping[str, Any]) -> str:
+    known = math.isfinite(number(utility["base"])) and math.isfinite(number(utility["last"]))
+    return "failed while utility fell too" if known else "failed, silently or not"
+
+
+def _since(group: Sequence[Mode], modes: Mapping[str, Any]) -> str:
+    rounds = {modes[m]["since_round"] for m in group}
+    if len(group) > 1 and len(rounds) == 1:
+        names = _list([LABELS[m].lower() for m in group])
+        return f"{names}, {'both' if len(group) == 2 else 'all'} since round {rounds.pop()}"
+    return _list([f"{LABELS[m].lower()} since round {modes[m]['since_round']}" for m in group])
+
+
+def _clear_unknown(clear: int, unknown: int) -> str:
+    counts = ((clear, "clear"), (unknown, "unknown"))
+    said = [f"{COUNTS[n]} {'is' if n == 1 else 'are'} {word}" for n, word in counts if n]
+    return " and ".join(said) + (", which is not a pass" if unknown else "")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{COUNTS[n] if n < len(COUNTS) else n} {noun}{'' if n == 1 else 's'}"
+
+
+def _list(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _modes(record: RunRecord, plan: monitor.Plan, rounds: Sequence[Round], releases: Releases) -> dict[str, Any]:
+    history: dict[Mode, list[Any]] = {mode: [] for mode in Mode}
+    for body in rounds:
+        for evidence in body["evidence"]:
+            history[Mode(evidence["mode"])].append(evidence)
+    last = {mode: seen[-1] for mode, seen in history.items() if seen}
+    states = {mode: evidence["state"] for mode, evidence in last.items()}
+    since = {mode: evidence["since_round"] for mode, evidence in last.items()}
+    unsure = [p.mode for p in plan.modes if states.get(p.mode, "unknown") == "unknown"]
+    settled = _what_if(record, plan, unsure) if record.ended else {}
+    study, table = record.header["study"], {}
+    for mode_plan in plan.modes:
+        mode, seen = mode_plan.mode, last.get(mode_plan.mode)
+        measured = [_scored(releases[int(body["round"])].get(mode)) > 0 for body in rounds]
+        curve = [
+            [e["estimate"], *e["interval"], e["state"]] if scored else [None, None, None, e["state"]]
+            for e, scored in zip(history[mode], measured, strict=True)
+        ]
+        release = releases[int(rounds[-1]["round"])].get(mode) if rounds else None
+        table[str(mode)] = {
+            "label": LABELS[mode],
+            "layer": LAYERS[mode],
+            "state": states.get(mode, "unknown"),
+            "estimate": curve[-1][0] if curve else None,  # null, never 0, where no client could score the mode
+            "interval": curve[-1][1:3] if curve else [None, None],
+            "unit": mode_plan.unit,
+            "margin": mode_plan.margin,
+            "e_worse": seen["e_worse"] if seen else None,
+            "e_not_worse": seen["e_not_worse"] if seen else None,
+            "since_round": since.get(mode),
+            "silent": bool(rounds and rounds[-1]["verdict"]["silent"][mode]),
+            "likely_upstream": [str(parent) for parent in likely_upstream(mode, states, since)],
+            "why": seen["why"] if seen else "no round is complete",
+            "next": _next(record, mode, seen, rounds, settled) if mode in unsure else "",
+            "missing": release.mean("missing") if release else None,
+            "details": _details(mode, release, curve, study["probes"]["per_step"]),
+            "per_round": curve,
+        }
+    return {str(mode): table[mode] for mode in Mode}
+
+
+def _scored(release: Release | None) -> float:
+    """How many clients could say something about the release's mode."""
+    return release.count - release.sum("missing") if release is not None else 0.0
+
+
+def _details(mode: Mode, release: Release | None, curve: Sequence[Any], per_step: float) -> list[dict[str, Any]]:
+    """The few numbers beside a mode's estimate, each with what it is."""
+    if release is None:
+        return []
+    answered = _scored(release)
+    labels = {c: f"change of the gap: {c.partition(':')[2]}" for c in release.coords if c.startswith("contrast:")}
+    labels |= DETAILS[mode]
+    rows = [
+        {"name": name, "label": label, "value": release.sum(name) / answered if answered > 0 else None}
+        for name, label in labels.items()
+        if name in release.coords
+    ]
+    if mode == Mode.CONFIDENCE_MISCALIBRATION and answered > 0:
+        bins = [[release.sum(f"{what}:{b}") for what in ("n", "conf", "correct")] for b in _bins(release)]
+        pooled = ece_from_bins(np.array(bins, dtype=np.float64).reshape(-1, 3))
+        rows += [
+            {"name": "ece_pooled", "label": "calibration error of all clients pooled", "value": pooled},
+            {
+                "name": "masking_gap",
+                "label": "masking gap: clients' mean error minus the pooled one",
+                "value": release.sum("ece") / answered - pooled,
+            },
+        ]
+    if mode == Mode.ALIGNMENT_EROSION:
+        estimates = [0.0, *(number(e[0]) for e in curve)]
+        steps = [b - a for a, b in pairwise(estimates) if math.isfinite(b - a)]
+        rows += [
+            {"name": "largest_step", "label": "largest change in a single round", "value": max(steps, default=None)},
+            {"name": "per_step", "label": "limit of a single round's change", "value": per_step},
+        ]
+    return rows
+
+
+def _bins(release: Release) -> Iterable[str]:
+    return (coord.partition(":")[2] for coord in release.coords if coord.startswith("n:"))
+
+
+def _what_if(record: RunRecord, plan: monitor.Plan, unsure: Sequence[Mode]) -> dict[Mode, tuple[float, str]]:
+    """For unknown modes: how many times as many clients, answering alike, would have settled them, and to what.
+
+    The monitor itself is asked, with every recorded sum and count multiplied; nothing of it is recorded or shown as
+    measured.
+    """
+    bodies: dict[int, list[Round]] = {round: [] for round in record.releases()}
+    for body in record.of("release"):
+        if body["round"] in bodies and body["probe"] in unsure:
+            bodies[body["round"]].append(body)
+    found: dict[Mode, tuple[float, str]] = {}
+    for times in TIMES_CLIENTS:
+        if len(found) == len(unsure):
+            break
+        state, evidence = monitor.start(plan), None
+        for round in bodies:
+            scaled = {
+                b["probe"]: restore(
+                    {**b, "total": [number(v) * times for v in b["total"]], "count": b["count"] * times}
+                )
+                for b in bodies[round]
+            }
+            state, evidence = monitor.step(plan, state, scaled)
+        for e in evidence or ():
+            if e.mode in unsure and e.mode not in found and e.state != "unknown":
+                found[e.mode] = (times, e.state)
+    return found
+
+
+def _next(
+    record: RunRecord, mode: Mode, seen: Any, rounds: Sequence[Round], settled: Mapping[Mode, tuple[float, str]]
+) -> str:
+    """The smallest step that would turn an unknown into an answer."""
+    if seen is None:
+        return "complete one round"
+    why, answered = str(seen["why"]), rounds[-1]["clients"] - rounds[-1]["failed"]
+    if why.startswith("no public items"):
+        return f"give the study {ROLES[mode]}"
+    if why.startswith("no release"):
+        failed, asked = rounds[-1]["failed"], rounds[-1]["clients"]
+        return f"mend the clients: {failed} of {asked} failed in the last round" if failed else "let the clients answer"
+    if "could not score" in why:
+        return f"give the clients {ROLES[mode]}"
+    if not record.ended:
+        return "finish the run"
+    if mode not in settled:
+        return "neither answer is near: it lies close to its margin, so say a wider margin, or run more rounds"
+    times, state = settled[mode]
+    end = "would be clear" if state == "clear" else "would be in alarm"
+    return f"with {times:g} times the clients (about {math.ceil(times * answered)} a round) that answer alike, it {end}"
+
+
+def _of(releases: Releases, body: Round, probe: str, value: Any, otherwise: float = math.nan) -> float:
+    release = releases[int(body["round"])].get(probe)
+    return float(value(release)) if release is not None else otherwise
+
+
+def _utility(rounds: Sequence[Round], releases: Releases) -> dict[str, Any]:
+    def curve(coord: str) -> list[float]:
+        return [_of(releases, body, UTILITY, lambda r: r.mean(coord)) for body in rounds]
+
+    def block(what: str) -> dict[str, Any]:
+        base, now = curve(f"{what}_base"), curve(f"{what}_personalized")
+        end = (base[-1], now[-1]) if rounds else (math.nan, math.nan)
+        return {"base": end[0], "last": end[1], "per_round": now, "base_per_round": base}
+
+    score = block("score")
+    if rounds:  # the very numbers the verdict read
+        score["base"], score["last"] = utility_of(releases[int(rounds[-1]["round"])].get(UTILITY))
+    return {"metric": Utility.unit, **score, "accuracy": block("accuracy")}
+
+
+def _privacy(record: RunRecord, header: Mapping[str, Any]) -> dict[str, Any]:
+    charges = list(record.of("charge"))
+    study = header["study"]
+    noiseless = study["privacy"]["trust"] == "none" or any(c["event"] == "NonPrivate" for c in charges)
+    per_round, population = study["clients"]["per_round"], header["clients"]
+    everyone = per_round is None or per_round >= population
+    events = sorted({str(c["event"]) for c in charges} - {"NonPrivate"})
+    return {
+        "trust": study["privacy"]["trust"],
+        "unit": "client",
+        "epsilon": math.fsum(number(c["epsilon"]) for c in charges),  # basic composition: never too small
+        "delta": math.fsum(number(c["delta"]) for c in charges),
+        "mechanism": "none: exact sums, no noise" if noiseless else ", ".join(events),
+        "panel": "every client answers in every round"
+        if everyone
+        else f"{per_round} of {population} clients, drawn anew for every round; not counted as amplification",
+        "updates": "none: no part of the adapter is shared"
+        if not header["shared_parameters"]
+        else ("exact sums, no noise" if noiseless else "noised sums"),
+        "charges": len(charges),
+    }
+
+
+def _error(plan: monitor.Plan, rounds: Sequence[Round]) -> dict[str, Any]:
+    modes = len(plan.modes)
+    return {
+        "alpha": plan.alpha,
+        "spent": plan.alpha if rounds else 0.0,  # one budget for all rounds: stopping early gives nothing back
+        "alarm_at": modes / plan.alpha,
+        "clear_at": modes * plan.horizon / plan.alpha,
+        "window": monitor.WINDOW,
+    }
+
+
+def _spread(rounds: Sequence[Round], releases: Releases, tau: float) -> dict[str, Any]:
+    """Mean and standard deviation over clients of the received model's score, and the share left behind."""
+    rows: list[dict[str, float | None]] = []
+    for body in rounds:
+        release = releases[int(body["round"])].get(Mode.FAIRNESS_COLLAPSE)
+        n = _scored(release)
+        if release is None or n <= 0:
+            rows.append({"mean": None, "sd": None, "left_behind": None})
+            continue
+        mean = release.sum("score") / n
+        variance = max(release.sum("score_square") / n - mean**2, 0.0)
+        rows.append({"mean": mean, "sd": math.sqrt(variance), "left_behind": release.sum("tail") / n})
+    return {"tau": tau, "per_round": rows}

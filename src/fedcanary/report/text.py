@@ -1,0 +1,87 @@
+"""From a summary to the few lines a terminal shows at the end of a run."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any, Final
+
+from fedcanary.report.html import amount, evidence, percent, sentence, short, unsigned
+from fedcanary.types import Mode
+
+WIDTH: Final = 96
+PAINT: Final[Mapping[str, str]] = {"alarm": "1;31", "clear": "36", "unknown": "33", "red": "1;31", "soft": "2"}
+HEAD: Final = ("mode", "state", "estimate", "margin", "95% interval", "since", "")
+
+
+def terminal(summary: Mapping[str, Any], colour: bool = False) -> str:
+    """The six modes, utility and privacy, at most 96 columns wide; ANSI colours only if asked for."""
+
+    def paint(text: str, tone: str) -> str:
+        return f"\x1b[{PAINT[tone]}m{text}\x1b[0m" if colour else text
+
+    lines = [line for said in summary["headline"] for line in textwrap.wrap(short(said, 600), WIDTH)]
+    lines += ["", paint(_row(*HEAD).rstrip(), "soft")]
+    for mode in Mode:
+        m = summary["modes"][mode]
+        low, high = m["interval"]
+        cells = (
+            m["label"].lower(),
+            m["state"],
+            amount(m["estimate"], m["unit"]),
+            unsigned(m["margin"]),
+            "–" if low is None or high is None else f"[{amount(low, m['unit'])}, {amount(high, m['unit'])}]",
+            "–" if m["since_round"] is None else f"round {m['since_round']}",
+            "silent" if m["silent"] else "",
+        )
+        row = _row(*cells)
+        lines.append(row.replace(f" {m['state']} ", f" {paint(m['state'], m['state'])} ", 1).rstrip())
+    lines.append("")
+    lines += _wrapped("utility", _utility(summary["utility"]))
+    lines += _wrapped("errors", _errors(summary["error"]))
+    privacy = summary["privacy"]
+    noiseless = privacy["trust"] == "none" or privacy["epsilon"] == "inf"
+    lines += [paint(line, "red") if noiseless else line for line in _wrapped("privacy", _privacy(privacy, noiseless))]
+    unsure: dict[str, list[str]] = {}
+    for mode in Mode:
+        m = summary["modes"][mode]
+        if m["state"] == "unknown":
+            why = short(m["why"]).partition(" (")[0].partition(";")[0]
+            unsure.setdefault(f"{why}; {short(m['next'])}", []).append(m["label"].lower())
+    for said, names in unsure.items():
+        lines += _wrapped("unknown", f"{', '.join(names)}: {said}")
+    return "\n".join(lines) + "\n"
+
+
+def _row(mode: str, state: str, estimate: str, margin: str, interval: str, since: str, silent: str) -> str:
+    return f"{mode:<27}{state:<9}{estimate:>9}{margin:>9}  {interval:<19}{since:<10}{silent}"
+
+
+def _wrapped(name: str, text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=f"{name:<9}", subsequent_indent=" " * 9)
+
+
+def _utility(utility: Mapping[str, Any]) -> str:
+    accuracy = utility["accuracy"]
+    return (
+        f"{short(utility['metric'])}: {unsigned(utility['base'])} -> {unsigned(utility['last'])}; "
+        f"accuracy: {unsigned(accuracy['base'])} -> {unsigned(accuracy['last'])}"
+    )
+
+
+def _errors(error: Mapping[str, Any]) -> str:
+    return (
+        f"any false alarm, all modes and rounds: at most {percent(error['alpha'])}; "
+        f"evidence: alarm {evidence(error['alarm_at'])}, clear {evidence(error['clear_at'])}"
+    )
+
+
+def _privacy(privacy: Mapping[str, Any], noiseless: bool) -> str:
+    if noiseless and privacy["charges"]:
+        return "NONE: sums left the clients without noise, epsilon is infinite"
+    if noiseless:
+        return "NONE: nothing has left a client yet; whatever leaves will leave without noise"
+    said = (
+        f"epsilon {privacy['epsilon']:.3g}, delta {privacy['delta']:.3g} per {privacy['unit']}; {privacy['mechanism']}"
+    )
+    return sentence(short(said)).removesuffix(".")

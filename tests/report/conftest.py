@@ -1,0 +1,199 @@
+"""Records for the report's tests: made-up readings through the real gate, monitor, policy and record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedcanary import record as records
+from fedcanary import study as studies
+from fedcanary.engines.setup import Setup, load_suites
+from fedcanary.monitor import base as monitor
+from fedcanary.monitor.verdict import judge
+from fedcanary.personalize import method
+from fedcanary.privacy.release import UPDATE, Gate, Message
+from fedcanary.probes import probes
+from fedcanary.probes.base import CLIP, merge
+from fedcanary.record import RunRecord
+from fedcanary.rng import stream
+from fedcanary.types import Mode, Role
+
+Says = Callable[[int, int], Mapping[str, Any] | None]  # round, client -> what it says; None if it failed
+CASES = ("all_alarm", "all_clear", "all_unknown", "mixed", "held", "zero_rounds", "crashed", "unscored", "nobody")
+
+
+def reading(layout: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """One client's vectors. `said` has `change` (by mode, negative is worse), `score`, `utility`, and `missing`."""
+    vectors = {}
+    for name, coords in layout.items():
+        if name == "utility":
+            values = {f"{w}_{m}": said["utility"][m == "personalized"] for w in ("score", "accuracy")
+                      for m in ("base", "personalized")}  # fmt: skip
+        else:
+            change = float(said["change"].get(name, 0.0))
+            delta = float(np.clip(change, -CLIP, CLIP))
+            values = {"delta": delta, "square": delta**2, "tail": float(change < -0.1)}
+            values |= {c.name: -delta for c in coords if c.name.startswith("contrast:")}
+            values |= {c.name: delta**2 for c in coords if c.name.startswith("square:")}
+            values |= {"score": said["score"], "score_square": said["score"] ** 2, **said.get("more", {})}
+            if said.get("missing"):
+                values = {"missing": 1.0}
+        vectors[name] = np.array([values.get(c.name, 0.0) for c in coords])
+    return vectors
+
+
+def build(
+    folder: Path,
+    says: Says,
+    *,
+    rounds: int,
+    clients: int,
+    planned: int | None = None,
+    ends: bool = True,
+    crash: bool = False,
+    study: Mapping[str, Any] | None = None,
+) -> RunRecord:
+    """Run the loop's stages 5 to 8 over what made-up clients say."""
+    tree = {"rounds": planned or rounds or 5, "privacy": {"trust": "none"}, "clients": {"count": clients}}
+    parsed = studies.parse({**tree, **(study or {})})
+    suites = load_suites(parsed)
+    setup = Setup(
+        study=parsed,
+        base=SimpleNamespace(digest="b" * 32),
+        lora=SimpleNamespace(targets=("q", "v")),
+        initial={"lora_A": torch.zeros(2, 3)},
+        method=method("fedavg", 0.1),
+        population=Population(clients),
+        suites=suites,
+        probes=probes(merge(suites, Role.BIAS), parsed.probes.tail),
+    )
+    plan = monitor.plan(
+        margins=parsed.probes.margins.model_dump(),
+        groups={g: 0.01 for g in setup.probes[1].read_groups},  # type: ignore[attr-defined]
+        units={p.mode: p.unit for p in setup.probes if p.mode is not None},
+        alpha=parsed.monitor.alpha,
+        horizon=parsed.rounds,
+    )
+    record = RunRecord.open(folder)
+    record.append("header", setup.header() | {"plan": monitor.plan_body(plan)})
+    state = monitor.start(plan)
+    for t in range(1, rounds + 1):
+        gate = Gate(t, setup.layout, parsed.privacy.trust, lambda c: record.append("charge", records.fields(c)))
+        said = [says(t, k) for k in range(clients)]
+        for one in said:
+            if one is not None:
+                gate.put(Message(readings=reading(setup.layout, one), update=np.zeros(3)))
+        releases = gate.close()
+        if crash and t == rounds:
+            return record
+        state, evidence = monitor.step(plan, state, releases)
+        verdict = judge(evidence, releases.get("utility"), parsed.policy.on_alarm)
+        for release in releases.values():
+            if release.probe != UPDATE:
+                record.append("release", records.fields(release))
+        record.append(
+            "round",
+            {
+                "round": t,
+                "clients": clients,
+                "failed": said.count(None),
+                "adapter": f"{t:032x}",
+                "evidence": [records.fields(e) for e in evidence],
+                "verdict": records.fields(verdict),
+            },
+        )
+        if verdict.action == "hold":
+            break
+    if ends:
+        record.append("end", {"status": "finished" if record.rounds == parsed.rounds else "held"})
+    return record
+
+
+class Population:
+    """So many clients, without data."""
+
+    digest = "p" * 32
+
+    def __init__(self, clients: int) -> None:
+        self.clients = clients
+
+    def __len__(self) -> int:
+        return self.clients
+
+
+def saying(change: Mapping[Mode, float], *, rising: bool = True, wobble: float = 0.01) -> Says:
+    """Clients who differ a little, whose modes change by so much, and whose utility rises or falls."""
+
+    def says(t: int, k: int) -> dict[str, Any]:
+        noise = stream(1, "made-up", k, t).normal(0, wobble, 8)
+        score = float(np.clip(0.6 + 4 * noise[7], 0, 1))
+        return {
+            "change": {mode: v + noise[i] for i, (mode, v) in enumerate(change.items())},
+            "score": score,
+            "utility": (score, float(np.clip(score + (0.01 if rising else -0.01) * t, 0, 1))),
+        }
+
+    return says
+
+
+def case(name: str, folder: Path, study: Mapping[str, Any] | None = None) -> RunRecord:
+    """One of CASES."""
+    bad, fine = dict.fromkeys(Mode, -0.2), dict.fromkeys(Mode, 0.0)
+    mixed = fine | {Mode.ALIGNMENT_EROSION: -0.2, Mode.ADAPTATION_MISALIGNMENT: -0.15, Mode.FAIRNESS_COLLAPSE: -0.085}
+    study = study or {}
+    match name:
+        case "all_alarm":
+            return build(folder, saying(bad), rounds=8, clients=60, study=study)
+        case "all_clear":
+            return build(folder, saying(fine), rounds=4, clients=250, study=study)
+        case "all_unknown":
+            return build(folder, saying(fine), rounds=3, clients=6, study=study)
+        case "mixed":
+            return build(folder, saying(mixed, rising=False), rounds=6, clients=80, study=study)
+        case "held":
+            stop = {**study, "policy": {"on_alarm": "stop"}}
+            return build(folder, saying(bad), rounds=8, clients=60, study=stop)
+        case "zero_rounds":
+            return build(folder, saying(fine), rounds=0, clients=6, ends=False, study=study)
+        case "crashed":  # the charge of round 3 was written, its releases were not
+            return build(folder, saying(fine), rounds=3, planned=9, clients=6, ends=False, crash=True, study=study)
+        case "unscored":
+            mute = {"change": {}, "score": 0.0, "utility": (0.5, 0.5), "missing": True}
+            return build(folder, lambda t, k: mute, rounds=3, clients=6, study=study)
+        case "nobody":  # round 2 answers; in the others every client failed
+            says = saying(fine)
+            return build(folder, lambda t, k: says(t, k) if t == 2 else None, rounds=3, clients=6, study=study)
+    raise ValueError(name)
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunRecord]:
+    """A case by name, with changes to its study; built once, because the report only reads it."""
+    made: dict[str, RunRecord] = {}
+
+    def one(name: str, **study: Any) -> RunRecord:
+        key = f"{name} {study}"
+        if key not in made:
+            made[key] = case(name, tmp_path_factory.mktemp(name) / "run", study)
+        return made[key]
+
+    return one
+
+
+@pytest.fixture(params=CASES)
+def any_record(request: pytest.FixtureRequest, make: Callable[..., RunRecord]) -> RunRecord:
+    """Each case in turn."""
+    return make(request.param)
+
+
+@pytest.fixture
+def make_from(tmp_path: Path) -> Callable[..., RunRecord]:
+    """A record of clients who say what they are told."""
+    count = iter(range(100))
+    return lambda says, **how: build(tmp_path / f"from-{next(count)}", says, **how)
