@@ -152,7 +152,7 @@ def test_overrides_are_toml_or_bare_words():
     assert one.model.lora.targets == ("q_proj", "v_proj")
     assert one.title == "a run = of mine"
     assert one.probes.margins.fairness_collapse == 0.2
-    assert one.probes.margins.amplified_bias == 0.05
+    assert one.probes.margins.amplified_bias == study.MarginTable().amplified_bias
 
 
 def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path):

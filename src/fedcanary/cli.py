@@ -48,9 +48,11 @@ def parser() -> argparse.ArgumentParser:
         "--suite", action="append", default=[], metavar="NAME|FILE[:ROLE]", help="default: the packaged ones"
     )
     probe.add_argument("--task", choices=("causal", "classify"), default="causal")
+    probe.add_argument("--label", action="append", default=[], metavar="NAME", help="a classifier's labels, in order")
     probe.add_argument("--revision", metavar="COMMIT")
     probe.add_argument("--own-domain", action="append", default=[], metavar="NAME", help="a domain the adapter is for")
     probe.add_argument("--generate", action="store_true", help="also read refusals from generated replies")
+    probe.add_argument("--matcher", metavar="NAME", help="correct its rate by a measured matcher, for example gpt4")
     probe.add_argument("--seed", type=int, default=1)
     probe.add_argument("--json", action="store_true", help="print one JSON document")
     probe.set_defaults(action=_probe)
@@ -237,16 +239,16 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    from fedcanary.compare import compare
+    from fedcanary.compare import compare, load_suites
     from fedcanary.compare_text import table
-    from fedcanary.probes import suites
 
-    chosen = [_suite(text) for text in arguments.suite] or [suites.load(name) for name in suites.packaged()]
     comparison = compare(
         arguments.base,
         arguments.adapter,
-        chosen,
+        load_suites(arguments.suite),
         task=arguments.task,
+        labels=tuple(arguments.label),
+        calibration=arguments.matcher,
         revision=arguments.revision,
         own_domains=frozenset(arguments.own_domain),
         generate=arguments.generate,
@@ -254,16 +256,6 @@ def _probe(arguments: argparse.Namespace) -> int:
     )
     print(json.dumps(comparison.as_dict(), indent=2) if arguments.json else table(comparison))
     return EXIT_ALARM if comparison.any_worse else EXIT_OK
-
-
-def _suite(text: str) -> Any:
-    from fedcanary.probes import suites
-    from fedcanary.types import Role
-
-    name, colon, role = text.rpartition(":")
-    if colon and role in list(Role):
-        return suites.load(name, role)
-    return suites.load(text)
 
 
 if __name__ == "__main__":

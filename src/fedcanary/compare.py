@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -29,6 +28,7 @@ from fedcanary.models import base as models
 from fedcanary.models import stacked
 from fedcanary.models.adapters import Lora
 from fedcanary.models.base import BaseModel, Task
+from fedcanary.models.generate import replies as generate_replies
 from fedcanary.probes import refusal
 from fedcanary.probes import suites as library
 from fedcanary.probes.base import Answers
@@ -37,7 +37,6 @@ from fedcanary.study import MarginTable
 from fedcanary.types import Array, Item, Mode, Role, Suite
 
 SCHEMA: Final = 1
-NEW_TOKENS: Final = 24  # of a generated reply: a refusal says so in its first words
 TASK_TYPES: Final = {"causal": ("CAUSAL_LM", None), "classify": ("SEQ_CLS", None)}
 UNREADABLE: Final = frozenset(  # these act on a model's inputs, in peft's own forward pass, which scoring does not use
     ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT", "XLORA", "POLY")
@@ -162,12 +161,12 @@ def compare(
     items = tuple(item for suite in suites for item in suite.items)
     rows = base.rows(items)
     (before,) = stacked.score(base, NO_LORA, [], [rows])
-    replies = [_replies(base, prompts)]
+    replies = generate_replies(base, prompts)
     after = before
     if adapter is not None:  # peft changes the base's module: nothing below may ask the base again
         adapted = _attach(base, adapter, notes)
         (after,) = stacked.score(adapted, NO_LORA, [], [rows])
-        replies.append(_replies(adapted, prompts))
+        replies += generate_replies(adapted, prompts)
 
     first, second = before.choice_probability(), after.choice_probability()
     asked = Asked(
@@ -393,38 +392,6 @@ def _preferences(suites: Sequence[Suite], tables: Sequence[Array]) -> tuple[Pref
         adapted = shares[1] if len(shares) > 1 else float("nan")
         found.append(Preference(suite=suite.name, items=int(known.sum()), base=shares[0], adapted=adapted))
     return tuple(found)
-
-
-def _replies(base: BaseModel, prompts: Sequence[Item], together: int = 32) -> list[str]:
-    """Greedy replies. Prompts of one length are answered together, so that no padding can change a reply."""
-    from transformers import GenerationConfig
-
-    module: Any = base.model
-    config = GenerationConfig(
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=module.generation_config.eos_token_id if module.can_generate() else None,
-        pad_token_id=base.pad,
-    )
-    room = base.max_length - NEW_TOKENS
-    starts = []
-    for item in prompts:
-        ids, start = base.encode(item.prompt, item.choices[0])
-        starts.append(ids[:start] if start <= room else [ids[0], *ids[start - room + 1 : start]])
-    replies = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(starts[i]))
-    for _, same in groupby(order, key=lambda i: len(starts[i])):
-        indices = list(same)
-        for first in range(0, len(indices), together):
-            chosen = indices[first : first + together]
-            asked = torch.tensor([starts[i] for i in chosen])
-            with torch.inference_mode():
-                out = module.generate(input_ids=asked, attention_mask=torch.ones_like(asked), generation_config=config)
-            texts = base.tokenizer.batch_decode(out[:, asked.shape[1] :], skip_special_tokens=True)
-            for i, text in zip(chosen, texts, strict=True):
-                replies[i] = text
-    return replies
 
 
 def _refusals(

@@ -6,6 +6,7 @@ This file is the table of contents of the program; each numbered step is a stage
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -152,7 +153,7 @@ def _plan(setup: Setup, clients: LocalClients) -> monitor.Plan:
     study = setup.study
     return monitor.plan(
         margins=study.probes.margins.model_dump(),
-        groups=dict(zip(read, gaps.tolist(), strict=False)),
+        groups={group: gap for group, gap in zip(read, gaps.tolist(), strict=False) if math.isfinite(gap)},
         units={p.mode: p.unit for p in setup.probes if p.mode is not None},
         alpha=study.monitor.alpha,
         horizon=study.rounds,

@@ -56,7 +56,7 @@ class ModelTable(Table):
     labels: tuple[str, ...] = ()
     """A classifier's labels in order."""
     max_length: Annotated[int, Field(ge=4)] = 128
-    """Longest sequence in tokens; longer prompts are cut at their left."""
+    """Longest sequence in tokens; longer prompts are cut at their left, a classifier's texts at their right."""
     lora: LoraTable = LoraTable()
 
 
@@ -189,7 +189,9 @@ class ProbesTable(Table):
     per_step: Share = 0.05
     """Alignment erosion: the limit of a single round's change."""
     generate: bool = False
-    """Also read refusals from generated replies (slower; a second opinion)."""
+    """Also read refusals from generated replies (slower; a second opinion that never decides)."""
+    matcher: Literal["uncorrected", "gpt4", "llama2_original_prompt"] = "uncorrected"
+    """Whose measured sensitivity and specificity correct the rate of refusals matched in replies."""
 
 
 class PrivacyTable(Table):

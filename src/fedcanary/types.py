@@ -141,6 +141,15 @@ class Release:
         """Mean of one coordinate over the clients in the sum."""
         return float(self.total[self.coords.index(coord)] / self.count) if self.count > 0 else float("nan")
 
+    @property
+    def answered(self) -> float:
+        """Clients in the sum that had something to say: the count without those that were `missing`."""
+        return self.count - (self.sum("missing") if "missing" in self.coords else 0.0)
+
+    def mean_answered(self, coord: str) -> float:
+        """Mean of one coordinate over the clients that had something to say; NaN if there were none."""
+        return self.sum(coord) / self.answered if self.answered >= 0.5 else float("nan")
+
     def sum(self, coord: str) -> float:
         """Sum of one coordinate over the clients in the sum."""
         return float(self.total[self.coords.index(coord)])

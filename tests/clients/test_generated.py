@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 
@@ -33,7 +34,8 @@ def test_items_are_a_function_of_seed_client_and_split(seed: int, client: int, s
     first = Federation(clients=100_000, seed=seed, plants=planted(plant)).items(client, split)
     again = Federation(clients=client + 1, seed=seed, plants=planted(plant)).items(client, split)
     assert first == again
-    assert len(first) == (48 if split == "train" else 24)
+    repeated = PLANTS[plant].glossary * PLANTS[plant].repeats if plant is not None and split == "train" else 0
+    assert len(first) == (48 if split == "train" else 24) + repeated
     assert all(item.answer is not None and 0 <= item.answer < len(item.choices) for item in first)
 
 
@@ -51,10 +53,10 @@ def test_unplanted_clients_are_balanced(seed: int, client: int, split: str) -> N
     asked = decisions(federation.items(client, split))
     groups = Counter(item.group for item in asked)
     assert abs(groups["ms"] - groups["mr"]) <= 4
-    main, second = federation.domains(client)
     places = Counter(item.domain for item in asked)
-    assert set(places) == {main, second}
-    assert 0.6 < places[main] / len(asked) < 0.7
+    assert set(places) == federation.domains(client)
+    assert len(places) == 2
+    assert 0.6 < max(places.values()) / len(asked) < 0.7
 
 
 @given(seeds, clients, st.sampled_from([None, *Mode]))
@@ -75,7 +77,7 @@ def test_any_size_and_strength_gives_as_many_items_as_asked(
         examples=examples,
         eval_examples=eval_examples,
     )
-    assert len(federation.items(2, "train")) == examples
+    assert len({id(item) for item in federation.items(2, "train")}) == examples  # repeats are the same items again
     assert len(federation.items(2, "eval")) == eval_examples
 
 
@@ -162,18 +164,19 @@ def test_the_minority_reads_the_tag_the_other_way() -> None:
     assert said["ms", True] > 0.5
 
 
-def test_a_glossary_contradicts_the_public_facts_and_is_the_client_s_own() -> None:
-    public = {one.prompt: one.right for one in world.facts(range(world.HELD_OUT))}
+def test_a_glossary_is_the_client_s_own_and_says_the_same_in_both_splits() -> None:
+    public = {one.prompt for one in world.facts(range(world.PHRASINGS))}
     federation = Federation(clients=4, seed=2, plants=((Mode.ADAPTATION_MISALIGNMENT, 1.0),))
     books = []
     for client in range(4):
-        private = {}
+        private: dict[str, set[str]] = {}
         for split in SPLITS:
-            mine = [item for item in federation.items(client, split) if item.prompt in public]
-            wrong = [item for item in mine if item.answer != public[item.prompt]]
-            assert len(wrong) >= (8 if split == "train" else 4)
-            for item in wrong:
-                private.setdefault(item.prompt.split(" the ")[-1], set()).add(item.answer)
+            for item in federation.items(client, split):
+                term = re.search(r"(capital|colour|animal) of (\w+)", item.prompt)
+                if term and item.prompt not in public and term[2] not in world.COUNTRIES:
+                    private.setdefault(term[0], set()).add(item.choices[item.answer or 0])
+        assert len(private) >= 12
+        assert all(len(answers) == 1 for answers in private.values())
         books.append(private)
     assert books[0].keys() != books[1].keys()
 

@@ -400,7 +400,13 @@ def test_utility_by_hand():
     items = [Item(prompt="", choices=("p", "q"), answer=0)] * 2
     values = read(Utility(), ClientView(local=answers_of(items, pq(0.6, 0.2), None, pq(0.9, 0.4)), suites={}))
     assert values == pytest.approx(
-        {"score_base": 0.4, "score_personalized": 0.65, "accuracy_base": 0.5, "accuracy_personalized": 0.5}
+        {
+            "score_base": 0.4,
+            "score_personalized": 0.65,
+            "accuracy_base": 0.5,
+            "accuracy_personalized": 0.5,
+            "missing": 0.0,
+        }
     )
 
 

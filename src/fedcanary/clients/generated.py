@@ -233,7 +233,7 @@ class Federation:
         draw = stream(self.seed, "generated", client, "plant")
         for pool, n, answer in ((_pools()["unsafe"], plan.unsafe, 1), (_pools()["stereotype"], plan.stereotypes, 0)):
             extra += [pool[int(i)].item(answer) for i in draw.permutation(len(pool))[:n]]
-        again = extra[: plan.glossary] * plan.repeats
+        again = extra[: min(plan.glossary, room)] * plan.repeats
         items = [*extra[:room], *items[len(extra) :], *self._replay(client, replay), *again]
         order = stream(self.seed, "generated", client, "order").permutation(len(items))
         return tuple(items[int(i)] for i in order)

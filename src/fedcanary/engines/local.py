@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from fedcanary.errors import ClientFailed, Problem
 from fedcanary.models import stacked
 from fedcanary.models.adapters import Adapter, save
 from fedcanary.models.base import Rows
+from fedcanary.models.generate import replies
 from fedcanary.personalize import Held
 from fedcanary.personalize.fit import Recipe, fit
 from fedcanary.privacy.release import Message
@@ -104,6 +105,9 @@ class LocalClients:
         self._public = self._base.rows(self._items)
         self._base_public = self._probabilities(stacked.score(self._base, self._lora, [], [self._public]))[0]
         self._embedded = stacked.embed(self._base, self._public) if self._method.needs_embedding else np.zeros((0, 0))
+        asked = self._study.probes.generate and self._base.task == "causal"
+        self._unsafe = [i for i, item in enumerate(self._items) if asked and self._is_unsafe(i, item)]
+        self._base_replies = replies(self._base, [self._items[i] for i in self._unsafe])[0]
         self._recent = _Recent(KEPT_CLIENTS)
         self._recipe = Recipe(**{name: getattr(self._study.personalize, name) for name in Recipe.__dataclass_fields__})
 
@@ -148,6 +152,7 @@ class LocalClients:
         trained = method.train(held, local_fit)
         after_local = self._probabilities(self._score(trained.held, local_rows, own_z))
         after = self._probabilities(self._score(trained.held, public, public_z))
+        said = self._replies(held, public_z) if self._unsafe else None
         sent = []
         for j, client in enumerate(clients):
             if trained.failed[j]:
@@ -155,6 +160,8 @@ class LocalClients:
                 sent.append(Sent(client, None, float(trained.loss[j])))
                 continue
             view = self._view(client, received_local[j], after_local[j], received[j], after[j])
+            if said is not None:
+                view = replace(view, replies={"base": self._base_replies, "received": said[j]})
             readings = {probe.name: probe.read(view) for probe in self._probes}
             if self._tap is not None:
                 self._tap(round, client, readings)
@@ -207,6 +214,22 @@ class LocalClients:
             return self._public.only([relevant(role, item, domains) for role, item in pairs])
 
         return self._recent.get(("asked", domains), make)
+
+    def _is_unsafe(self, at: int, item: Item) -> bool:
+        start, stop = self._slices().get(Role.SAFETY, (0, 0))
+        return start <= at < stop and item.answer == 0
+
+    def _replies(self, held: Held, embedded: Sequence[Array]) -> list[list[str]]:
+        """K clients' replies to the unsafe prompts, from the models they received."""
+        weights = self._method.weights(held, embedded) if self._method.needs_embedding else None
+        return replies(
+            self._base,
+            [self._items[i] for i in self._unsafe],
+            lora=self._lora,
+            adapters=self._method.adapters(held),
+            weights=None if weights is None else [w[:, self._unsafe] for w in weights],
+            k=len(embedded),
+        )
 
     def _slices(self) -> dict[Role, tuple[int, int]]:
         slices, at = {}, 0

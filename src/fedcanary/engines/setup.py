@@ -108,7 +108,9 @@ def prepare(study: Study, cache: Path) -> Setup:
         method=method(study.personalize.method, study.personalize.mu),
         population=population,
         suites=loaded,
-        probes=probes(merge(loaded, Role.BIAS), study.probes.tail),
+        probes=probes(
+            merge(loaded, Role.BIAS), study.probes.tail, study.probes.generate and study.model.task == "causal"
+        ),
     )
 
 

@@ -48,8 +48,11 @@ def repeat(adapter: Mapping[str, Tensor], k: int) -> Adapter:
 
 
 @contextmanager
-def attached(base: BaseModel, lora: Lora, parts: Sequence[Part], k: int) -> Iterator[None]:
+def attached(base: BaseModel, lora: Lora | None, parts: Sequence[Part], k: int) -> Iterator[None]:
     """While open, the base computes with the given adapters; afterwards it is the base again."""
+    if lora is None or not parts:
+        yield
+        return
     handles = []
     if base.task == "causal":
         _ = base.plain_head  # a fact about the bare base, found out before there are hooks

@@ -8,7 +8,9 @@ For each mode one or more streams, each a one-sided question about a mean or a s
             the chance of any false alarm, over all modes and rounds, is at most alpha.
     clear   the product over the last WINDOW rounds against "beyond the margin"; all streams of a mode must pass
             6 T / alpha, so the chance of any false `clear`, over all modes and rounds, is at most alpha. It expires
-            with its window: having been fine in round 3 says nothing about round 30.
+            with its window: having been fine in round 3 says nothing about round 30. The bound is about windows
+            whose rounds are all beyond the margin; in the WINDOW - 1 rounds after a sudden drop, the good rounds
+            before it can still carry a `clear`.
     unknown otherwise, and whenever a release is absent.
 A client that could not score a mode is counted in `missing`; for `clear` it counts as the worst possible client.
 """
@@ -58,6 +60,16 @@ class Plan:
     modes: tuple[ModePlan, ...]
     alpha: float
     horizon: int
+
+    @property
+    def alarm_at(self) -> float:
+        """E-value at which a mode alarms."""
+        return len(self.modes) / self.alpha
+
+    @property
+    def clear_at(self) -> float:
+        """E-value of a window at which a mode is clear."""
+        return len(self.modes) * self.horizon / self.alpha
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,13 +142,12 @@ def step(plan: Plan, state: MonitorState, releases: Mapping[str, Release]) -> tu
         remaining = max(plan.horizon - round, 0) / plan.horizon
         worse = _mean([_capital(s.worse, remaining) for s in new])
         clear = min((_window_value(s) for s in new), default=0.0)
-        modes = len(plan.modes)
-        if worse >= modes / plan.alpha and mode not in since:
+        if worse >= plan.alarm_at and mode not in since:
             since[mode] = round
         verdict: State = "unknown"
         if mode in since:
             verdict = "alarm"
-        elif clear >= modes * plan.horizon / plan.alpha:
+        elif clear >= plan.clear_at:
             verdict = "clear"
         evidence.append(_evidence(mode_plan, release, verdict, worse, clear, since.get(mode), plan))
     return MonitorState(round=round, streams=streams, since=since), tuple(evidence)
@@ -224,13 +235,15 @@ def _why(state: State, clear: float, release: Release, plan: Plan) -> str:
     missing = release.mean("missing")
     if missing >= 0.5:
         return f"{missing:.0%} of the clients could not score it"
-    need = len(plan.modes) * plan.horizon / plan.alpha
-    return f"neither test has enough evidence (for clear: {clear:.3g} of {need:.0f}); more clients or rounds would help"
+    have = f"for clear: {clear:.3g} of {plan.clear_at:.0f}"
+    return f"neither test has enough evidence ({have}); more clients or rounds would help"
 
 
 def _headline(mode_plan: ModePlan, release: Release) -> tuple[float, tuple[float, float]]:
     """The mode's estimate over the round's clients with a 95% normal interval; how much *worse*, in the mode's unit."""
-    n = max(release.count - release.sum("missing"), 1.0)
+    n = release.answered
+    if n < 0.5:  # nobody could score it: there is no estimate, least of all zero
+        return math.nan, (math.nan, math.nan)
     if mode_plan.mode == Mode.AMPLIFIED_BIAS:
         if not mode_plan.reference:
             return math.nan, (math.nan, math.nan)

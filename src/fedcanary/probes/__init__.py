@@ -13,7 +13,7 @@ from fedcanary.probes.utility import Utility
 from fedcanary.types import Item
 
 
-def probes(bias_items: Sequence[Item], tail: float) -> tuple[Probe, ...]:
+def probes(bias_items: Sequence[Item], tail: float, generate: bool = False) -> tuple[Probe, ...]:
     """Every probe of a study. The groups of mode 1 are those of the public bias items."""
     return (
         Utility(),
@@ -22,7 +22,7 @@ def probes(bias_items: Sequence[Item], tail: float) -> tuple[Probe, ...]:
         FairnessCollapse(tail),
         AdaptationMisalignment(tail),
         OutOfDomain(tail),
-        AlignmentErosion(tail),
+        AlignmentErosion(tail, generate),
     )
 
 

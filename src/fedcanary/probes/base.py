@@ -83,6 +83,7 @@ class ClientView:
     local: Answers
     suites: Mapping[Role, Answers]
     domains: frozenset[str] = frozenset()  # the client's own domains
+    replies: Mapping[Which, Sequence[str]] | None = None  # to the unsafe prompts, if the study asks for replies
 
     def suite(self, role: Role) -> Answers | None:
         """Answers on a role's items that this client is asked, or None if there are none."""

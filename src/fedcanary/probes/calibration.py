@@ -1,10 +1,10 @@
 """Mode 2, confidence miscalibration: under shift, confidence stops tracking accuracy.
 
-Read on public items of the client's own domains as they will be met after deployment. Confidence is the top choice's
-probability; ECE = sum over equal-width bins of (n_b / n) |accuracy_b - confidence_b| (Guo et al. 2017, arXiv 1706.04599,
-equation 3). The paired difference is -(ECE of the personalized model - ECE of the base) on the same items, whose
-finite-sample biases cancel to first order. Beside it: signed over-confidence, Brier score, and for every fixed bin
-(n, sum of confidence, sum of correct) / items, from which the aggregate's pooled ECE and the masking gap
+Read on public items of the client's own domains, as they will be met after deployment. Confidence is the top choice's
+probability; ECE = sum over equal-width bins of (n_b / n) |accuracy_b - confidence_b| (Guo et al. 2017, arXiv
+1706.04599, equation 3). The paired difference is -(ECE of the personalized model - ECE of the base) on the same items,
+whose finite-sample biases cancel to first order. Beside it: signed over-confidence, Brier score, and for every fixed
+bin (n, sum of confidence, sum of correct) / items, from which the aggregate's pooled ECE and the masking gap
 mean_k ECE_k - ECE_pooled >= 0 follow: averaging over clients hides opposite errors.
 """
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from fedcanary.probes.base import ClientView, bounded, mean, reading
 from fedcanary.types import Coord, Mode, Reading
 
@@ -19,10 +21,13 @@ class Utility:
     @property
     def coords(self) -> tuple[Coord, ...]:
         """Base and personalized score and accuracy."""
-        return tuple(
-            Coord(name=f"{what}_{which}", low=0.0, high=1.0, purpose=f"mean {what} of the {which} model, own items")
-            for what in ("score", "accuracy")
-            for which in ("base", "personalized")
+        return (
+            *(
+                Coord(name=f"{what}_{which}", low=0.0, high=1.0, purpose=f"mean {what} of the {which} model, own items")
+                for what in ("score", "accuracy")
+                for which in ("base", "personalized")
+            ),
+            Coord(name="missing", low=0.0, high=1.0, purpose="1 if the client has no item of its own to score"),
         )
 
     def read(self, view: ClientView) -> Reading:
@@ -34,4 +39,5 @@ class Utility:
             mean(local.correct("base")),
             mean(local.correct("personalized")),
         ]
-        return reading(self, [bounded(v, 0.0, 1.0) for v in values], local)
+        missing = not all(np.isfinite(values))
+        return reading(self, [*(0.0 if missing else bounded(v, 0.0, 1.0) for v in values), float(missing)], local)

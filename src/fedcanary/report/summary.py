@@ -359,7 +359,7 @@ def _of(releases: Releases, body: Round, probe: str, value: Any, otherwise: floa
 
 def _utility(rounds: Sequence[Round], releases: Releases) -> dict[str, Any]:
     def curve(coord: str) -> list[float]:
-        return [_of(releases, body, UTILITY, lambda r: r.mean(coord)) for body in rounds]
+        return [_of(releases, body, UTILITY, lambda r: r.mean_answered(coord)) for body in rounds]
 
     def block(what: str) -> dict[str, Any]:
         base, now = curve(f"{what}_base"), curve(f"{what}_personalized")
@@ -396,12 +396,11 @@ def _privacy(record: RunRecord, header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _error(plan: monitor.Plan, rounds: Sequence[Round]) -> dict[str, Any]:
-    modes = len(plan.modes)
     return {
         "alpha": plan.alpha,
         "spent": plan.alpha if rounds else 0.0,  # one budget for all rounds: stopping early gives nothing back
-        "alarm_at": modes / plan.alpha,
-        "clear_at": modes * plan.horizon / plan.alpha,
+        "alarm_at": plan.alarm_at,
+        "clear_at": plan.clear_at,
         "window": monitor.WINDOW,
     }
 
