@@ -39,8 +39,8 @@ CLIENT_ROWS = 60  # the study's clients.min_examples; speakers with fewer are pu
 SEED = 5
 STEPS = 400
 BATCH = 24
-HELD = 24  # questions of the bundled world beside each batch
-RATE = 2e-3
+HELD = 16  # questions of the bundled world beside each batch
+RATE = 4e-3
 
 SPEAKER = re.compile(r"^([A-Z][^\n:]*):$")
 
