@@ -147,7 +147,8 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     plants = summary["study"]["clients"]["plants"]
     if plants:
         names = [f"{LABELS[Mode(p['mode'])].lower()} (strength {p['strength']:g})" for p in plants]
-        more.append(f"In this run a failure was planted in the generated clients on purpose: {_list(names)}.")
+        what = "a failure was" if len(names) == 1 else "failures were"
+        more.append(f"In this run {what} planted in the generated clients on purpose: {_list(names)}.")
     if not rounds:
         return ["No round is complete, so nothing is known about any of the six modes.", *more]
     alarms = [mode for mode in Mode if modes[mode]["state"] == "alarm"]
