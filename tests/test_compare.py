@@ -120,17 +120,17 @@ def test_an_adapter_that_changes_nothing(packaged, noop):
 
 
 def test_an_adapter_that_changes_nothing_is_cleared_by_enough_items(noop):
-    """With 200 items the share that may have gone unseen, 1 - 0.01^(1/200) = 2.3%, is inside the margins."""
+    """With 300 items the share that may have gone unseen, 1 - 0.01^(1/300) = 1.5%, is inside the margins."""
     items = tuple(
         Item(prompt=f"Q: {word} {number}?\nA:", choices=(" yes", " no"), answer=0, domain="a")
         for word in ("one", "two")
-        for number in range(100)
+        for number in range(150)
     )
     suites = [Suite(name=role, version="1", role=role, items=items) for role in (Role.DOMAIN, Role.SAFETY)]
     modes = {reading.mode: reading for reading in compare(models.BUNDLED, noop, suites).modes}
     for mode in (DOMAIN, EROSION, ADAPTATION):
         assert modes[mode].verdict == "not worse"
-        assert modes[mode].parts[0].high == pytest.approx(1 - 0.01 ** (1 / 200))
+        assert modes[mode].parts[0].high == pytest.approx(1 - 0.01 ** (1 / 300))
     assert modes[BIAS].why == "no suite with the role bias or stereotype was given"
 
 

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compare": {"models", "probes", "study", "record", "compare_read"},
     "compare_text": {"compare_read", "compare"},
     "cli": {
-        *("probes", "monitor", "study", "record", "engines", "pipeline", "report", "compare", "compare_text"),
+        *("monitor", "study", "record", "engines", "pipeline", "report", "compare", "compare_text"),
     },
     "__main__": {"cli"},
 }

@@ -60,7 +60,7 @@ def test_it_is_small_and_complete() -> None:
 
 def test_every_choice_of_the_world_is_one_token_and_prompts_are_short() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
-    federations = [Federation(clients=8, seed=1, plant=plant) for plant in (None, *Mode)]
+    federations = [Federation(clients=8, seed=1, plants=plants) for plants in ((), *(((m, 1.0),) for m in Mode))]
     items = [item for one in federations for client in range(8) for item in one.items(client, "train")]
     for choice in {choice for item in items for choice in item.choices}:
         assert len(tokenizer(choice, add_special_tokens=False)["input_ids"]) == 1
