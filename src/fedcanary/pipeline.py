@@ -25,7 +25,7 @@ from fedcanary.models import adapters
 from fedcanary.monitor import base as monitor
 from fedcanary.monitor.verdict import judge
 from fedcanary.privacy.release import UPDATE, Charge, Gate
-from fedcanary.probes.bias import contrasts, favourable_of
+from fedcanary.probes.bias import AmplifiedBias, contrasts, favourable_of
 from fedcanary.record import RunRecord
 from fedcanary.types import Release, Role, Verdict
 
@@ -147,13 +147,12 @@ def round_folder(out: Path, round: int) -> Path:
 def _plan(setup: Setup, clients: LocalClients) -> monitor.Plan:
     """The tests' plan. The base's own gaps between groups are public: public items, public model."""
     items, table = clients.base_answers(Role.BIAS)
-    groups = next(p.groups for p in setup.probes if p.name == "amplified_bias")  # type: ignore[attr-defined]
-    gaps = contrasts(items, favourable_of(items, table), groups)
-    read = groups[:1] if len(groups) == 2 else groups
+    bias = next(p for p in setup.probes if isinstance(p, AmplifiedBias))
+    gaps = contrasts(items, favourable_of(items, table), bias.groups)
     study = setup.study
     return monitor.plan(
         margins=study.probes.margins.model_dump(),
-        groups={group: gap for group, gap in zip(read, gaps.tolist(), strict=False) if math.isfinite(gap)},
+        groups={group: gap for group, gap in zip(bias.read_groups, gaps.tolist(), strict=False) if math.isfinite(gap)},
         units={p.mode: p.unit for p in setup.probes if p.mode is not None},
         alpha=study.monitor.alpha,
         horizon=study.rounds,

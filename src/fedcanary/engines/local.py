@@ -49,6 +49,7 @@ class _Recent:
             if len(self._values) > self._size:
                 self._values.popitem(last=False)
         self._values.move_to_end(key)
+        # A key always has the type that its own `make` gave it, which a mapping cannot express.
         return self._values[key]  # type: ignore[return-value]
 
 
@@ -147,6 +148,7 @@ class LocalClients:
             return stream(self._study.seed, "order", clients[j], round, epoch)
 
         def local_fit(start: Adapter, **how: object) -> object:
+            # `how` is what the method chose among fit's own keywords; fit checks them.
             return fit(self._base, self._lora, start, data, self._recipe, order, **how)  # type: ignore[arg-type]
 
         trained = method.train(held, local_fit)

@@ -71,12 +71,13 @@ def find_targets(
     from transformers.pytorch_utils import Conv1D
 
     linear = {n: m for n, m in base.model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    output = base.model.get_output_embeddings() if base.task == "causal" else None  # type: ignore[operator]
+    output = base.head if base.task == "causal" else None
     head_modules = tuple(h for h in _HEADS if base.task == "classify" and hasattr(base.model, h))
     heads = tuple(n for n in linear if n.split(".")[0] in head_modules)
     backbone = {n: m for n, m in linear.items() if m is not output and n not in heads}
     suffixes = sorted({n.rsplit(".", 1)[-1] for n in backbone})
-    model_type = str(base.model.config.model_type)  # type: ignore[union-attr]
+    config: Any = base.model.config
+    model_type = str(config.model_type)
     where = "model.lora.targets"
     if targets == "auto":
         if model_type not in DEFAULTS:

@@ -79,6 +79,7 @@ class BaseModel:
     @property
     def head(self) -> Any:
         """A causal model's output layer."""
+        # transformers' own methods are attributes of nn.Module to a type checker
         return self.model.get_output_embeddings()  # type: ignore[operator]
 
     @cached_property

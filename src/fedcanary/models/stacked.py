@@ -175,7 +175,7 @@ def score(
     """
     k = len(rows)
     height = max(1, rows_per_pass // k)
-    order = [sorted(range(len(r)), key=lambda i, r=r: len(r.ids[i])) for r in rows]  # type: ignore[misc]
+    order = [sorted(range(len(r)), key=[len(ids) for ids in r.ids].__getitem__) for r in rows]
     owners = [r.items() for r in rows]
     tables = [(np.zeros(r.shape), np.zeros(r.shape)) for r in rows]
     for first in range(0, max(len(o) for o in order), height):
