@@ -1,0 +1,76 @@
+"""The contract in words, for a reader at a terminal."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping
+from typing import Final
+
+from fedcanary.privacy.contract.document import Contract, Trust, Update
+
+WIDTH: Final = 100
+SEEN: Final[Mapping[Trust, str]] = {
+    "secure_aggregation": "the server sees masked sums only; clients add the noise, in shares, before anything leaves",
+    "central": "the server sees each client's own numbers, and adds the noise to their sum",
+    "local": "the server sees each client's own numbers, with that client's noise already in them",
+    "none": "NO PRIVACY: the server sees each client's own numbers without noise; epsilon is infinite",
+}
+
+
+def show(contract: Contract) -> str:
+    """What leaves, for what, who reads it; then the noise, the price, when nothing is said, and what is kept."""
+    c = contract
+    lines = [f"Contract {c.digest}", c.title, "", f"{len(c.numbers)} numbers may leave a client:", ""]
+    wide = max([len("number"), *(len(n.coord) for n in c.numbers)]) + 2
+    lines.append(f"  {'number':<{wide}}{'from':>8} to {'':<8} {'scale':<8} what it is [who reads it]")
+    for probe, version in sorted({(n.probe, n.version) for n in c.numbers}):
+        lines.append(f"{probe} (version {version})")
+        for n in c.numbers:
+            if (n.probe, n.version) == (probe, version):
+                scale = "" if n.scale is None else f"{n.scale:.4g}"
+                head = f"  {n.coord:<{wide}}{n.low:>8.5g} to {n.high:<8.5g} {scale:<8} "
+                lines += _wrap(head, f"{n.purpose} [read by {', '.join(n.readers)}]")
+    lines.append("")
+    for label, text in _facts(c).items():
+        lines += _wrap(f"{label:<12}", text)
+    return "\n".join(lines)
+
+
+def _wrap(head: str, body: str) -> list[str]:
+    return textwrap.wrap(body, max(WIDTH, len(head) + 40), initial_indent=head, subsequent_indent=" " * len(head))
+
+
+def _facts(c: Contract) -> dict[str, str]:
+    once = "a client answers in at most one of them" if c.panel == "rotating" else "a client may answer in all of them"
+    noise = (
+        f"{c.mechanism}, {c.noise_multiplier:g} times that norm; hides whether one {c.unit}'s part is {c.neighbours}"
+    )
+    if c.noise_source == "simulated" and c.trust != "none":
+        noise += "; SIMULATED: it is drawn from the study's seed, and protects from nobody who knows that"
+    price = (
+        f"for each {c.unit}, at delta {c.delta:g}: epsilon {c.epsilon_per_panel:g} per panel, {c.epsilon_per_window:g} "
+        f"per window of {c.rounds} rounds; {once}"
+    )
+    if c.unit == "example":
+        price += "; it rests on how each client trains, and `check` cannot recompute it"
+    return {
+        "together": f"L2 norm at most {c.norm:g} per client; the number of clients in a sum is public",
+        "trust": f"{c.trust}: {SEEN[c.trust]}",
+        "noise": noise,
+        "price": price,
+        "update": describe(c.updates) if c.updates else "none is sent",
+        "silence": f"no sum over fewer than {c.min_cohort} of {c.population} clients is opened, nor one that lost more "
+        f"than {c.dropouts:.0%} of those asked",
+        "kept": c.retention,
+        "items": "; ".join(c.suites) or "no public suite",
+        "base model": c.model,
+        "study": c.study,
+    }
+
+
+def describe(update: Update) -> str:
+    """The model update in words."""
+    noise = f"noise {update.noise:g} times that" if update.noise else "WITHOUT NOISE: no epsilon here covers it"
+    clip = f"clipped to {update.clip:g}" if math.isfinite(update.clip) else "NOT CLIPPED"
+    return f"{update.dimension} numbers, {clip}, weights by {update.weighting}, {noise}"

@@ -1,0 +1,105 @@
+"""A client's readings as one vector of integers whose norm is bounded, and the sums back again.
+
+One bound for the whole message costs less noise than a bound for each number. Notation: K coordinates x_i with a scale
+s_i and a zero z_i (`Coord`), w_i = (x_i - z_i) / s_i, W = |w|_2.
+    shrink   f = min(1, 2 / (1 + W^2)); the message is v = (f w, 1 - f), of K + 1 coordinates. W <= 1: |v| = W <= 1.
+             W > 1: |v|^2 = (4 W^2 + (W^2 - 1)^2) / (1 + W^2)^2 = 1. So |v|_2 <= 1 whatever a client measured, the last
+             coordinate says how much was taken, and a client that says nothing is 0 (which is what `zeroed` neighbours
+             differ by; for `substituted` ones the sensitivity is 2).
+    round    u = (1 - sqrt(K + 1) / UNIT) v, times UNIT, every coordinate to an integer: toward zero, but squares and
+             1 - f up, because the tests rely on their not being too small. A coordinate moves by less than 1, the
+             vector by less than sqrt(K + 1), so the integers' norm is below UNIT.
+Rounding moves a mean by less than one part in UNIT of its scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedcanary.types import Array, Coord, missing_bit
+
+Integers = npt.NDArray[np.int64]
+UNIT = 1 << 16  # the integer that stands for 1; also the L2 sensitivity of the integer vector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """What a sum of messages says of one probe: total and noise std (K,) of its coordinates."""
+
+    coords: tuple[str, ...]
+    total: Array
+    noise_std: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Which coordinates of a layout are sent, in which order. The same layout gives the same encoding."""
+
+    layout: Mapping[str, Sequence[Coord]]
+
+    @property
+    def sent(self) -> list[tuple[str, Coord]]:
+        """(probe, coordinate) for each of the K numbers that leave; whatever has no scale stays."""
+        return [(probe, c) for probe, coords in self.layout.items() for c in coords if c.scale is not None]
+
+    @property
+    def size(self) -> int:
+        """K + 1: the coordinates and the lost mass."""
+        return len(self.sent) + 1
+
+    def message(self, readings: Mapping[str, Array]) -> Integers:
+        """(K + 1,) integers of L2 norm at most UNIT, from values (K_p,) by probe. Raises ValueError unless finite."""
+        w = []
+        for probe, coords in self.layout.items():
+            values = dict(zip((c.name for c in coords), readings[probe].tolist(), strict=True))
+            w += [_weight(c, values) for c in coords if c.scale is not None]
+        if not np.isfinite(w).all():
+            raise ValueError("a reading is not finite")
+        scaled = (UNIT - math.sqrt(self.size)) * shrink(np.array(w, dtype=np.float64))
+        up = np.array([*(c.up for _, c in self.sent), True])
+        return np.where(up, np.ceil(scaled), np.trunc(scaled)).astype(np.int64)
+
+    def read(self, total: Integers, count: int, std: float) -> tuple[dict[str, Sums], float, float]:
+        """Sums by probe, the lost mass and its noise std, from the noised integer sum (K + 1,) over `count` clients.
+
+        `std` is the standard deviation of the integers' noise. The sums are of f x over the clients that could say x.
+        """
+        unit = UNIT - math.sqrt(self.size)
+        real, noise = total.astype(np.float64) / unit, std / unit
+        lost = float(real[-1])
+        found, at = {}, 0
+        for probe, coords in self.layout.items():
+            sent = [c for c in coords if c.scale is not None]
+            scale = np.array([c.scale for c in sent], dtype=np.float64)
+            zero = np.array([c.zero for c in sent], dtype=np.float64)
+            total_of = real[at : at + len(sent)] * scale
+            names = tuple(c.name for c in sent)
+            # Who could not say a coordinate is not in its sum: counted by its own bit, or else by the probe's.
+            bits = [next((b for b in (missing_bit(n), "missing") if b in names), None) for n in names]
+            missing = np.array([total_of[names.index(b)] if b else 0.0 for b in bits])
+            spread = np.array([scale[names.index(b)] if b else 0.0 for b in bits])
+            found[probe] = Sums(
+                coords=names,
+                total=total_of + zero * (count - lost - missing),
+                noise_std=np.sqrt(scale**2 + zero**2 * (1 + spread**2)) * noise,
+            )
+            at += len(sent)
+        return found, lost, noise
+
+
+def shrink(w: Array) -> Array:
+    """(K + 1,) of L2 norm at most 1: the inverse stereographic image of w (K,) outside the unit ball; see above."""
+    square = float(w @ w)
+    f = min(1.0, 2.0 / (1.0 + square))
+    return np.append(f * w, 1.0 - f)
+
+
+def _weight(coord: Coord, values: Mapping[str, float]) -> float:
+    """The coordinate's w; 0 for what the client could not say."""
+    unsaid = coord.name != "missing" and (values.get(missing_bit(coord.name)) or values.get("missing"))
+    return 0.0 if unsaid or coord.scale is None else (values[coord.name] - coord.zero) / coord.scale

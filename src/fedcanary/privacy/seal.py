@@ -1,0 +1,158 @@
+"""The client's side of the door: what one client wants to say becomes one vector that may leave it.
+
+A sealed vector is the readings (encode.py) and behind them the weighted adapter update in fixed point, both of bounded
+norm, with the noise that the terms ask of a client already in it:
+    trust               noise at the client                what leaves the client
+    secure_aggregation  its share of the sum's noise       the vector under masks (secagg)
+    local               all of it                          the vector
+    central             none: the server adds it           the vector
+    none                none: epsilon is infinite          exact numbers, which the study must have said
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fedcanary.errors import BadInput, FedcanaryError
+from fedcanary.privacy import accounting, noise
+from fedcanary.privacy.accounting import Mechanism, Neighbours
+from fedcanary.privacy.encode import UNIT, Encoding, Integers
+from fedcanary.rng import stream
+from fedcanary.types import Array, Coord
+
+Trust = Literal["secure_aggregation", "central", "local", "none"]
+Sealed = npt.NDArray[Any]  # int64, or float64 under trust `none`
+UPDATE = "update"  # the adapter update's name among the releases
+READINGS = "readings"
+FIXED: Final = 2.0**32  # what 1 is in a sealed update
+RANGE: Final = 2.0**12  # a weighted change beyond it is refused; a sum over 2^17 clients stays inside 63 bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """How a round's vectors are protected, the same for all its clients.
+
+    `noise_multiplier` is the noise's standard deviation over the norm cap, in a sum over `floor` clients; a sum over
+    fewer is not opened. `dropouts` is the share of clients that may vanish while the sum is made. `update_clip` bounds
+    the L2 norm of a client's unweighted change, and `update_noise` is the update's own noise multiplier; at 0 its sum
+    leaves exactly. `simulated` is the seed of all noise: repeatable, so for simulation alone.
+    """
+
+    trust: Trust
+    noise_multiplier: float = 0.0
+    delta: float = 0.0
+    neighbours: Neighbours = "zeroed"
+    floor: int = 1
+    dropouts: float = 0.3
+    update_clip: float = math.inf
+    update_noise: float = 0.0
+    simulated: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.trust != "none" and not self.noise_multiplier > 0:
+            raise FedcanaryError(f"trust {self.trust!r} without noise protects nothing")
+        if self.update_noise > 0 and not math.isfinite(self.update_clip):
+            raise FedcanaryError("a noised update needs a bound on its norm")
+
+    @property
+    def readings_std(self) -> float:
+        """Std asked of the noise in the integer sum of `floor` clients' readings."""
+        return self.noise_multiplier * UNIT
+
+    @property
+    def update_std(self) -> float:
+        """Std asked of the noise in the fixed-point sum of `floor` clients' updates; 0 for none."""
+        return self.update_noise * self.update_clip * FIXED if self.update_noise else 0.0
+
+    def mechanism(self, survivors: int) -> Mechanism:
+        """What opening the readings of so many clients does to one of them."""
+        return self._mechanism(0.0 if self.trust == "none" else self.readings_std, UNIT, survivors)
+
+    def update_mechanism(self, survivors: int) -> Mechanism:
+        """The same for the update."""
+        return self._mechanism(0.0 if self.trust == "none" else self.update_std, self.update_clip * FIXED, survivors)
+
+    def _mechanism(self, std: float, norm: float, survivors: int) -> Mechanism:
+        if std == 0:
+            return Mechanism(kind="none")
+        shares = survivors if self.trust == "secure_aggregation" else 1
+        return Mechanism(kind="discrete_gaussian", share_std=self._share(std), shares=shares, sensitivity=norm)
+
+    def epsilon(self, mechanism: Mechanism) -> float:
+        """Cost of one mechanism under these terms."""
+        return accounting.compose([mechanism], self.delta or accounting.MIN_DELTA, neighbours=self.neighbours)
+
+    def _share(self, std: float) -> float:
+        return noise.share_std(std, self.floor if self.trust == "secure_aggregation" else 1)
+
+    def noise_std(self, std: float, survivors: int) -> float:
+        """Std of the noise that is in the sum over so many clients where `std` was asked for; 0 for 0."""
+        return self._share(std) * math.sqrt(1 if self.trust == "central" else survivors) if std else 0.0
+
+    def draw(self, std: float, size: int, *key: int | str) -> Integers:
+        """(size,) one share of the noise: a client's, or the server's where that adds it."""
+        if self.simulated is None:
+            return noise.gaussian_noise(self._share(std), size)
+        return noise.simulated_gaussian(stream(self.simulated, "noise", *key), self._share(std), size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """What one client wants to say: a vector for each probe, and the weighted update of its shared tensors.
+
+    `update` is (weight * change..., weight), so that the sum carries its own divisor.
+    """
+
+    readings: Mapping[str, Array]
+    update: Array
+
+
+def seal(message: Message, layout: Mapping[str, Sequence[Coord]], terms: Terms, round: int, client: int) -> Sealed:
+    """(K + 1 + P,) int64, of bounded norm and with the client's noise; under trust `none` the exact numbers.
+
+    Raises:
+        FedcanaryError: the message is not what may leave: the client's own bug, which must not reach the wire.
+        BadInput: the update is too large to be sent.
+    """
+    check(message, layout)
+    if terms.trust == "none":
+        return np.concatenate([*(message.readings[name] for name in layout), message.update]).astype(np.float64)
+    readings = Encoding(layout).message(message.readings)
+    update = _fixed(message.update, terms)
+    if terms.trust != "central":
+        readings = readings + terms.draw(terms.readings_std, len(readings), READINGS, round, client)
+        if terms.update_std:
+            update[:-1] += terms.draw(terms.update_std, len(update) - 1, UPDATE, round, client)
+    return np.concatenate([readings, update])
+
+
+def check(message: Message, layout: Mapping[str, Sequence[Coord]]) -> None:
+    """Refuse, at the client, what its own bug would let leave: other probes, values outside their bounds, NaN."""
+    if message.readings.keys() != layout.keys():
+        raise FedcanaryError(f"a message with {sorted(message.readings)} where {sorted(layout)} may pass")
+    for name, coords in layout.items():
+        values = message.readings[name]
+        low, high = np.array([[c.low, c.high] for c in coords]).reshape(-1, 2).T
+        if values.shape != low.shape or not np.all((values >= low) & (values <= high)):  # also refuses NaN
+            raise FedcanaryError(f"a reading of {name} lies outside its bounds")
+    if message.update.ndim != 1 or not np.all(np.isfinite(message.update)):
+        raise FedcanaryError("an update is not finite")
+
+
+def _fixed(update: Array, terms: Terms) -> Integers:
+    """The update in fixed point, clipped; every number rounded toward zero, so that no norm grows."""
+    weight, change = float(update[-1]), update[:-1]
+    if math.isfinite(terms.update_clip) and weight > 0:
+        norm = float(np.linalg.norm(change / weight))
+        change = change * min(1.0, terms.update_clip / norm) if norm > 0 else change
+    clipped = np.append(change, weight)
+    if np.abs(clipped).max(initial=0.0) >= RANGE:
+        largest = float(np.abs(clipped).max())
+        raise BadInput.of("update", f"a weighted change of {largest:.3g}", f"train less; below {RANGE:g} can be sent")
+    return np.trunc(clipped * FIXED).astype(np.int64)
