@@ -34,7 +34,7 @@ def file_study(path: Path, columns: str, more: str = "") -> str:
 @pytest.mark.parametrize(
     ("study", "said"),
     [
-        ("rounds = 1\n", ["privacy", "is missing", 'trust = "none"']),
+        ("rounds = 1\n", ["privacy.updates.noise", "not differentially private"]),
         (f"roundz = 1\n{TRUST}", ["roundz", "unknown key", "did you mean 'rounds'?"]),
         (f'{TRUST}[personalize]\nmethod = "fedavgg"\nlr = -1\n', ["did you mean 'fedavg'?", "lr", "2 problems"]),
         (f'{TRUST}[model]\nsource = "owner/name"\n', ["without a pinned revision", "40-hex"]),

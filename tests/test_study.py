@@ -28,22 +28,47 @@ def problems(*overrides: str, **tables) -> dict[str, tuple[str, str]]:
     return {p.where.removeprefix("study: "): (p.what, p.remedy) for p in caught.value.problems}
 
 
-def test_the_smallest_study_says_only_its_trust():
-    one = parse()
+def test_the_smallest_study_is_protected_and_says_how_its_updates_leave():
+    one = study.parse({"privacy": {"updates": {"noise": "none"}}})
     assert one.rounds == 12
     assert one.personalize.method == "fedavg"
-    assert one.privacy.trust == "none"
+    assert (one.privacy.trust, one.privacy.panel, one.privacy.rotates) == ("secure_aggregation", "rotating", True)
+    assert (one.privacy.epsilon, one.privacy.delta) == (4.0, 1e-6)
 
 
-def test_trust_must_be_said():
-    for tree in ({}, {"privacy": {}}):
+def test_exact_updates_are_never_a_default_by_omission():
+    for tree in ({}, {"privacy": {}}, {"privacy": {"trust": "central"}}, {"privacy": {"updates": {}}}):
         with pytest.raises(BadInput) as caught:
             study.parse(tree)
         (problem,) = caught.value.problems
-        assert problem.where in ("study: privacy", "study: privacy.trust")
-        assert problem.what == "is missing"
-        assert 'trust = "none"' in problem.remedy
+        assert problem.where == "study: privacy.updates.noise"
+        assert "not differentially private" in problem.remedy + problem.what
+    study.parse({"privacy": {}, "personalize": {"method": "local_only"}})  # shares nothing, so has nothing to say
     assert list(problems(privacy={"trust": "nobody"})) == ["privacy.trust"]
+
+
+def test_no_protection_is_said_by_its_own_word():
+    one = parse()
+    assert (one.privacy.trust, one.privacy.rotates) == ("none", False)
+
+
+@pytest.mark.parametrize(
+    ("privacy", "more", "where"),
+    [
+        ({"trust": "none", "updates": {"noise": "none"}}, {}, "privacy.updates"),
+        ({"updates": {"noise": 1.0}}, {}, "privacy.updates.clip"),
+        ({"updates": {"noise": 1.0, "clip": 0.5}}, {"personalize": {"weighting": "examples"}}, "personalize.weighting"),
+        ({"updates": {"noise": 0.0, "clip": 0.5}}, {}, "privacy.updates.noise"),
+        ({"updates": {"noise": "none", "clip": -1.0}}, {}, "privacy.updates.clip"),
+        ({"updates": {"noise": "none"}, "epsilon": 0.0}, {}, "privacy.epsilon"),
+        ({"updates": {"noise": "none"}, "delta": 0.5}, {}, "privacy.delta"),
+        ({"updates": {"noise": "none"}, "min_cohort": 1}, {}, "privacy.min_cohort"),
+        ({"updates": {"noise": "none"}, "dropouts": 0.4}, {}, "privacy.dropouts"),
+        ({"updates": {"noise": "none"}, "noise": "seeded"}, {}, "privacy.noise"),
+    ],
+)
+def test_a_privacy_table_that_does_not_fit_is_refused(privacy, more, where):
+    assert any(place.startswith(where) for place in problems(privacy=privacy, **more))
 
 
 # Every table of the tree, with the path that leads to it.
@@ -62,7 +87,7 @@ LISTS = {"plants", "suites"}
 def test_an_unknown_key_is_an_error_with_a_suggestion_at_every_depth(path, table):
     key = max(table.model_fields, key=len)
     wrong = key[:-1] + "_" + key[-1]
-    tree: dict = {"privacy": {"trust": "none"}}
+    tree: dict = {"privacy": {"updates": {"noise": "none"}}}
     at = tree
     place = []
     for name in path:

@@ -152,10 +152,10 @@ class _Watch:
         left = (time.monotonic() - self._began) / share * (p.rounds - self._first + 1 - share) if share else 0.0
         line = f"round {p.round}/{p.rounds}  clients {p.done}/{p.clients}  about {_clock(left)} left"
         if p.verdict is not None and p.releases is not None:
-            from fedcanary.monitor.verdict import utility_of
+            from fedcanary.monitor.verdict import utility_gain
 
             alarms = [mode for mode, state in p.verdict.states.items() if state == "alarm"]
-            line += f"  utility {utility_of(p.releases.get('utility'))[1]:.3f}"
+            line += f"  utility {utility_gain(p.releases.get('utility')):+.3f}"
             line += f"  ALARM {', '.join(alarms)}" if alarms else ""
             print(("\r\x1b[K" if self._live else "") + line, file=self._stream, flush=True)
         elif self._live:

@@ -17,14 +17,17 @@ from types import FrameType
 from typing import Any
 
 from fedcanary import record as records
-from fedcanary.clients import panel
 from fedcanary.engines.local import LocalClients, Tap, apply_update
+from fedcanary.engines.protection import Protection
 from fedcanary.engines.setup import Setup
 from fedcanary.errors import BadInput
 from fedcanary.models import adapters
 from fedcanary.monitor import base as monitor
 from fedcanary.monitor.verdict import judge
-from fedcanary.privacy.release import UPDATE, Charge, Gate
+from fedcanary.privacy.contract import tally
+from fedcanary.privacy.ledger import Budget, Head
+from fedcanary.privacy.release import Charge
+from fedcanary.privacy.seal import UPDATE
 from fedcanary.probes.bias import AmplifiedBias, contrasts, favourable_of
 from fedcanary.record import RunRecord
 from fedcanary.types import Release, Role, Verdict
@@ -66,7 +69,8 @@ def run(
     record = RunRecord.open(out)
     clients = LocalClients(setup, out / "clients", oracle_tap)
     plan = _plan(setup, clients)
-    _begin(record, setup, plan)
+    _begin(record, setup, plan, clients.consent.contract.digest)
+    (out / "contract.toml").write_text(clients.consent.contract.text, encoding="utf-8")
     state = monitor.start(plan)
     for _, past in sorted(record.releases().items()):
         state, _ = monitor.step(plan, state, past)
@@ -74,22 +78,24 @@ def run(
     if record.rounds:
         kept = adapters.load(round_folder(out, record.rounds))
         shared = {name: kept[name] for name in shared}
-    with _interruptible() as interrupted:
+    protected = Protection(setup, out, record.rounds, _note_charge(record))
+    with _interruptible() as interrupted, protected:
         for t in range(record.rounds + 1, study.rounds + 1 if not record.ended else 0):
             started = time.monotonic()
             # 1 base model and data were loaded by `engines.setup`   2 who trains and who answers
-            cohort = panel.draw(study.seed, t, len(setup.population), study.clients.per_round)
-            gate = Gate(t, setup.layout, study.privacy.trust, _ledger(record))
-            failed = done = 0
+            cohort = protected.cohort(t)
+            gate = protected.gate(t, cohort)
+            asked, failed, done = len(cohort.clients), 0, 0
             # 3 each client: theta_t -> theta_k,t   4 its probes compare theta_0, theta_t and theta_k,t
-            for sent in clients.work(t, cohort, shared):
+            request = clients.consent.request(t, asked)
+            for sent in clients.work(request, cohort.clients, shared, gate.terms):
                 for one in sent:
-                    if one.message is None:
-                        failed += 1
-                    else:
-                        gate.put(one.message)
+                    if one.vector is not None:
+                        gate.put(one.client, one.vector)
+                    failed += one.vector is None and not one.refused
+                    gate.refused.update(tally(one.refused))
                 done += len(sent)
-                watch(Progress(round=t, rounds=study.rounds, done=done, clients=len(cohort)))
+                watch(Progress(round=t, rounds=study.rounds, done=done, clients=asked))
                 if interrupted():
                     raise Stopped
             # 5 sum -> charge the ledger -> noise -> Release
@@ -109,19 +115,18 @@ def run(
                 "round",
                 {
                     "round": t,
-                    "clients": len(cohort),
+                    "clients": asked,
                     "failed": failed,
+                    "refused": dict(sorted(gate.refused.items())),
+                    "aborted": cohort.why_none or gate.aborted,
                     "adapter": adapters.digest(published),
                     "evidence": [records.fields(e) for e in evidence],
                     "verdict": records.fields(verdict),
                 },
             )
+            protected.settle(t, released=bool(releases))
             _note_time(out, t, time.monotonic() - started)
-            watch(
-                Progress(
-                    round=t, rounds=study.rounds, done=done, clients=len(cohort), releases=releases, verdict=verdict
-                )
-            )
+            watch(Progress(round=t, rounds=study.rounds, done=done, clients=asked, releases=releases, verdict=verdict))
             if verdict.action == "hold":
                 break
     if not record.ended:
@@ -160,8 +165,9 @@ def _plan(setup: Setup, clients: LocalClients) -> monitor.Plan:
     )
 
 
-def _begin(record: RunRecord, setup: Setup, plan: monitor.Plan) -> None:
+def _begin(record: RunRecord, setup: Setup, plan: monitor.Plan, contract: str) -> None:
     header = setup.header() | {"plan": monitor.plan_body(plan)}
+    header["digests"]["contract"] = contract
     if not record.entries:
         record.append("header", header)
         return
@@ -175,11 +181,15 @@ def _begin(record: RunRecord, setup: Setup, plan: monitor.Plan) -> None:
         )
 
 
-def _ledger(record: RunRecord) -> Callable[[Charge], None]:
-    def charge(charge: Charge) -> None:
-        record.append("charge", records.fields(charge))
+def _note_charge(record: RunRecord) -> Callable[[Charge, Head | None, Budget], None]:
+    """Write a charge into the record: once, however often its round is begun."""
 
-    return charge
+    def note(charge: Charge, head: Head | None, spent: Budget) -> None:
+        if charge.id not in {body["id"] for body in record.of("charge")}:
+            after = {"ledger": None if head is None else records.fields(head), "spent": records.fields(spent)}
+            record.append("charge", {**records.fields(charge), **after})
+
+    return note
 
 
 def _note_time(out: Path, round: int, seconds: float) -> None:

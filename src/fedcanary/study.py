@@ -121,7 +121,11 @@ class ClientsTable(Table):
     max_examples: Positive | None = None
     """At most this many training rows of a client are used in a round; all when absent."""
     per_round: Positive | None = None
-    """Clients drawn for a round; all when absent."""
+    """Clients drawn for a round. When absent: all, or with rotating panels an equal part of them for each round."""
+    available: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Chance that a client is there in a round of a simulation; who is away is not drawn for it."""
+    policies: str | None = None
+    """Folder of the clients' own privacy policies: NAME.toml, or default.toml. Without it they agree to the study."""
     plants: tuple[PlantTable, ...] = ()
 
 
@@ -196,11 +200,44 @@ class ProbesTable(Table):
     """Whose measured sensitivity and specificity correct the rate of refusals matched in replies."""
 
 
+class UpdatesTable(Table):
+    """How the adapter updates leave; the readings are noised in any case."""
+
+    noise: Literal["none"] | Annotated[float, Field(gt=0)]
+    """Noise multiplier; "none" sends exact sums, which is not differentially private. It must be said."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Bound on the L2 norm of a client's change; needed with noise."""
+
+
 class PrivacyTable(Table):
     """What protects the clients' numbers."""
 
-    trust: Literal["none"]
-    """"none": sums leave without noise and epsilon is infinite. It must be said."""
+    trust: Literal["secure_aggregation", "central", "local", "none"] = "secure_aggregation"
+    """Who sees what: only masked sums; the server every vector; noise at each client; or, if said, exact sums."""
+    epsilon: Annotated[float, Field(gt=0, le=50)] = 4.0
+    """What a window's readings, and noised updates with them, may cost a client."""
+    delta: Annotated[float, Field(ge=1e-12, lt=1e-2)] = 1e-6
+    """At most this; far below one over the number of clients."""
+    neighbours: Literal["zeroed", "substituted"] = "zeroed"
+    """What epsilon hides: that a client's message was there, or which of any two it was (twice the noise)."""
+    panel: Literal["rotating", "same"] = "rotating"
+    """Rotating: a client trains and answers at most once in the run. Same: in every round it is drawn for."""
+    min_cohort: Annotated[int, Field(ge=2, strict=True)] = 10
+    """No sum over fewer clients is opened."""
+    dropouts: Annotated[float, Field(ge=0, le=0.3)] = 0.3
+    """Share of a cohort that may vanish in a round; the noise suffices without them."""
+    noise: Literal["system", "simulated"] = "simulated"
+    """From the operating system, or from the study's seed: repeatable, which protects nobody. For simulation."""
+    window: Positive = 1
+    """Whose budget this run spends: a ledger gives each window the whole epsilon."""
+    ledger: str | None = None
+    """File of the privacy ledger; one in the run's folder if not said. Runs over the same clients share one."""
+    updates: UpdatesTable | None = None
+
+    @property
+    def rotates(self) -> bool:
+        """Whether a client answers at most once; without protection there is nothing to save."""
+        return self.panel == "rotating" and self.trust != "none"
 
 
 class MonitorTable(Table):
@@ -237,7 +274,7 @@ class Study(Table):
     clients: ClientsTable = ClientsTable()
     personalize: PersonalizeTable = PersonalizeTable()
     probes: ProbesTable = ProbesTable()
-    privacy: PrivacyTable
+    privacy: PrivacyTable = PrivacyTable()
     monitor: MonitorTable = MonitorTable()
     policy: PolicyTable = PolicyTable()
     engine: EngineTable = EngineTable()
@@ -257,11 +294,32 @@ class Study(Table):
             problems.append("clients.columns.client: a partition by column needs the client column's name")
         if not generated and partition.kind != "column" and partition.clients is None:
             problems.append(f"clients.partition.clients: say how many clients a {partition.kind} partition makes")
+        problems += self._privacy_problems()
         if not self.probes.packaged and not self.probes.suites:
             problems.append("probes.suites: with packaged = false, name at least one suite")
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _privacy_problems(self) -> list[str]:
+        privacy, found = self.privacy, []
+        updates = privacy.updates
+        if privacy.trust == "none":
+            if updates is not None:
+                found.append('privacy.updates: trust "none" sends everything as it is; leave it out')
+            return found
+        if updates is None:
+            if self.personalize.method != "local_only":
+                found.append(
+                    'privacy.updates.noise: say how adapter updates leave: "none" for exact sums, which are not '
+                    "differentially private, or a noise multiplier with a clip"
+                )
+        elif updates.noise != "none":
+            if updates.clip is None:
+                found.append("privacy.updates.clip: a noised update needs a bound on its norm")
+            if self.personalize.weighting != "uniform":
+                found.append('personalize.weighting: noised updates must weigh alike; say "uniform"')
+        return found
 
     @property
     def digest(self) -> str:
@@ -315,20 +373,20 @@ def parse(
 
 
 def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
-    def anchor(table: Any, words: tuple[str, ...]) -> None:
-        if not isinstance(table, dict):
-            return
-        source = table.get("source")
-        if isinstance(source, str) and source not in words and not Path(source).is_absolute():
-            candidate = folder / Path(source).expanduser()
-            if candidate.exists() or source.startswith("."):
-                table["source"] = str(candidate.resolve())
+    def anchor(table: Any, key: str = "source", words: tuple[str, ...] = ()) -> None:
+        value = table.get(key) if isinstance(table, dict) else None
+        if isinstance(value, str) and value not in words and not Path(value).is_absolute():
+            candidate = folder / Path(value).expanduser()
+            if candidate.exists() or value.startswith(".") or key != "source":
+                table[key] = str(candidate.resolve())
 
-    anchor(tree.get("model"), ("bundled",))
-    anchor(tree.get("clients"), ("generated",))
+    anchor(tree.get("model"), words=("bundled",))
+    anchor(tree.get("clients"), words=("generated",))
+    anchor(tree.get("clients"), "policies")
+    anchor(tree.get("privacy"), "ledger")
     probes = tree.get("probes")
     for suite in probes.get("suites", []) if isinstance(probes, dict) else []:
-        anchor(suite, ())
+        anchor(suite)
 
 
 def _override(tree: dict[str, Any], text: str) -> Problem | None:
@@ -356,7 +414,9 @@ def _explain(entry: Any, where: str) -> list[Problem]:
     if kind == "extra_forbidden":
         return [Problem(place, "unknown key", did_you_mean(str(entry["loc"][-1]), _keys_beside(entry["loc"])))]
     if kind == "missing":
-        remedy = 'say it: [privacy] trust = "none" sends sums without noise' if "privacy" in path else "add it"
+        remedy = "add it"
+        if path.endswith("updates.noise"):
+            remedy = 'say "none" for exact sums, which are not differentially private, or a noise multiplier'
         return [Problem(place, "is missing", remedy)]
     if kind in ("literal_error", "enum"):
         expected = str(entry.get("ctx", {}).get("expected", ""))

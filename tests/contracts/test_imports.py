@@ -26,11 +26,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "personalize": {"models"},
     "probes": set(),
     "privacy": set(),
-    "monitor": {"probes"},
+    "monitor": {"probes", "privacy"},  # privacy: the planner asks the accountant and the encoding what noise there is
     "study": set(),
     "record": {"privacy"},
     "engines": {"models", "clients", "personalize", "probes", "privacy", "study", "record"},
-    "pipeline": {"models", "clients", "probes", "privacy", "monitor", "record", "engines"},
+    "pipeline": {"models", "probes", "privacy", "monitor", "record", "engines"},
     "report": {"probes", "privacy", "monitor", "record"},
     "compare_read": {"probes"},
     "compare": {"models", "probes", "study", "record", "compare_read"},

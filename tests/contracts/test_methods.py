@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedcanary import pipeline, study
+from fedcanary.clients import panel
 from fedcanary.engines import local as engine
 from fedcanary.engines.local import LocalClients
 from fedcanary.engines.setup import Setup
@@ -20,12 +21,14 @@ from fedcanary.models import adapters, base, stacked
 from fedcanary.personalize import METHODS, Held, method
 from fedcanary.personalize.dual import Dual
 from fedcanary.personalize.fit import Recipe, fit
+from fedcanary.privacy.seal import Terms
 from fedcanary.probes import probes
 from fedcanary.rng import stream
 from fedcanary.types import Item, Role, Suite
 
 NAMES = sorted(METHODS)
 WITH_PRIVATE = ("ditto", "dual", "fedsa_lora", "ffa_lora", "local_only")  # ffa's is the frozen draw of the seed
+NONE = Terms(trust="none")
 POISON = "the poisoned one"
 
 
@@ -181,15 +184,14 @@ def test_a_message_is_the_change_of_the_shared_tensors_and_nothing_else(model, n
         return trained
 
     monkeypatch.setattr(setup.method, "train", spy)
-    sent = [s for part in LocalClients(setup, tmp_path).work(1, [0, 1], setup.shared) for s in part]
+    sent = sent_by(setup, tmp_path, [0, 1])
     (held,) = seen
-    for k, one in enumerate(sent):
-        assert set(one.message.readings) == set(setup.layout)
+    for k, (_, update) in enumerate(sent):
         weight = float(len(setup.population.items(k, "train")))
         change = [(held.shared[n][k] - t).double().reshape(-1).numpy() for n, t in sorted(setup.shared.items())]
         expected = np.concatenate([np.zeros(0), *change]) * weight
-        np.testing.assert_array_equal(one.message.update, [*expected, weight])
-        content = one.message.update.tobytes()
+        np.testing.assert_array_equal(update, [*expected, weight])
+        content = update.tobytes()
         for n, tensor in held.private.items():
             began = setup.method.split(setup.initial).private.get(n)
             values = tensor[k].double().reshape(-1)
@@ -198,6 +200,19 @@ def test_a_message_is_the_change_of_the_shared_tensors_and_nothing_else(model, n
                 piece = candidate[:4].numpy()
                 if name != "ditto" and np.abs(piece).min() > 0:  # Ditto starts both adapters from one draw
                     assert piece.tobytes() not in content, n
+
+
+def sent_by(setup: Setup, folder: Path, clients: list[int], shared=None) -> list[tuple[dict, np.ndarray] | None]:
+    """What each client would say without protection: its readings by probe, and its update; None if it failed."""
+    local = LocalClients(setup, folder)
+    request = local.consent.request(1, len(clients))
+    work = local.work(request, clients, setup.shared if shared is None else shared, NONE)
+    found: list[tuple[dict, np.ndarray] | None] = []
+    ends = np.cumsum([len(coords) for coords in setup.layout.values()])
+    for one in (s for part in work for s in part):
+        pieces = None if one.vector is None else np.split(one.vector, ends)
+        found.append(None if pieces is None else (dict(zip(setup.layout, pieces, strict=False)), pieces[-1]))
+    return found
 
 
 def files_outside(out: Path) -> list[Path]:
@@ -248,7 +263,7 @@ def test_clients_that_come_and_go_keep_what_is_theirs(model, name, tmp_path):
     setup = make(model, name, Few(count=4), rounds=5, per_round=2)
     record = pipeline.run(setup, tmp_path)
     assert record.rounds == 5
-    cohorts = [pipeline.panel.draw(setup.study.seed, t, 4, 2) for t in range(1, 6)]
+    cohorts = [panel.draw(setup.study.seed, t, 4, 2) for t in range(1, 6)]
     known: set[int] = set()
     mixed = 0
     for cohort in cohorts:
@@ -315,8 +330,7 @@ def test_fedsa_lora_keeps_b_at_the_client_from_round_to_round(model, tmp_path, m
 def test_local_only_sends_nothing(model, tmp_path):
     setup = make(model, "local_only")
     assert setup.shared == {}
-    sent = [s for part in LocalClients(setup, tmp_path / "c").work(1, [0, 1, 2], {}) for s in part]
-    assert [one.message.update.tolist() for one in sent] == [[1.0]] * 3
+    assert [update.tolist() for _, update in sent_by(setup, tmp_path / "c", [0, 1, 2], {})] == [[1.0]] * 3
     pipeline.run(setup, tmp_path / "run")
     published = adapters.load(pipeline.round_folder(tmp_path / "run", 2))
     assert adapters.digest(published) == adapters.digest(setup.initial)
@@ -413,14 +427,14 @@ def test_a_failed_client_may_be_dropped_and_changes_no_other(model, poison, name
     setup = make(model, name, Few(poisoned=1), on_failure="drop")
     with pytest.MonkeyPatch.context() as cured:
         cured.setattr(engine, "fit", fit)
-        well = [s for part in LocalClients(setup, tmp_path / "well").work(1, [0, 1, 2], setup.shared) for s in part]
-    ill = [s for part in LocalClients(setup, tmp_path / "ill").work(1, [0, 1, 2], setup.shared) for s in part]
-    assert [one.message is None for one in ill] == [False, True, False]
+        well = sent_by(setup, tmp_path / "well", [0, 1, 2])
+    ill = sent_by(setup, tmp_path / "ill", [0, 1, 2])
+    assert [one is None for one in ill] == [False, True, False]
     for k in (0, 2):
         # equal but for rounding: without the failed client's rows a batch may be less wide
-        np.testing.assert_allclose(ill[k].message.update, well[k].message.update, rtol=0, atol=1e-6)
-        for probe, values in well[k].message.readings.items():
-            np.testing.assert_allclose(ill[k].message.readings[probe], values, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(ill[k][1], well[k][1], rtol=0, atol=1e-6)
+        for probe, values in well[k][0].items():
+            np.testing.assert_allclose(ill[k][0][probe], values, rtol=0, atol=1e-5)
     record = pipeline.run(setup, tmp_path / "run")
     rounds = list(record.of("round"))
     assert [body["failed"] for body in rounds] == [1, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,17 +14,22 @@ import torch
 
 from fedcanary import record as records
 from fedcanary import study as studies
+from fedcanary.engines import protection
 from fedcanary.engines.setup import Setup, load_suites
 from fedcanary.monitor import base as monitor
 from fedcanary.monitor.verdict import judge
 from fedcanary.personalize import method
-from fedcanary.privacy.release import UPDATE, Gate, Message
+from fedcanary.pipeline import _note_charge
+from fedcanary.privacy.ledger import Budget
+from fedcanary.privacy.release import Charge, Gate
+from fedcanary.privacy.seal import UPDATE, Message, seal
 from fedcanary.probes import probes
 from fedcanary.probes.base import CLIP, merge
 from fedcanary.record import RunRecord
 from fedcanary.rng import stream
 from fedcanary.types import Mode, Role
 
+SPENT = Budget(epsilon=3.5, delta=1e-6)  # what a protected record says is spent
 Says = Callable[[int, int], Mapping[str, Any] | None]  # round, client -> what it says; None if it failed
 CASES = ("all_alarm", "all_clear", "all_unknown", "mixed", "held", "zero_rounds", "crashed", "unscored", "nobody")
 
@@ -86,12 +92,18 @@ def build(
     record = RunRecord.open(folder)
     record.append("header", setup.header() | {"plan": monitor.plan_body(plan)})
     state = monitor.start(plan)
+    note = _note_charge(record)
+
+    def pay(charge: Charge) -> None:
+        note(charge, None, Budget(epsilon=math.inf, delta=0.0) if parsed.privacy.trust == "none" else SPENT)
+
     for t in range(1, rounds + 1):
-        gate = Gate(t, setup.layout, parsed.privacy.trust, lambda c: record.append("charge", records.fields(c)))
+        gate = Gate(t, setup.layout, protection.terms(parsed, clients), pay)
         said = [says(t, k) for k in range(clients)]
-        for one in said:
+        for k, one in enumerate(said):
             if one is not None:
-                gate.put(Message(readings=reading(setup.layout, one), update=np.zeros(3)))
+                message = Message(readings=reading(setup.layout, one), update=np.zeros(3))
+                gate.put(k, seal(message, setup.layout, gate.terms, t, k))
         releases = gate.close()
         if crash and t == rounds:
             return record

@@ -1,8 +1,8 @@
 """What clients do in a round: train, compare models, and hand over one bounded message each.
 
 Everything here runs at the clients (this machine plays all of them). Nothing in this file is visible to server-side
-code except the `Message`s it yields, which go straight into the door. A client's private tensors are kept in its own
-folder under `clients/`, which stands for its own disk, and are written nowhere else.
+code except the sealed vectors it yields, which go straight into the door. A client's private tensors are kept in its
+own folder under `clients/`, which stands for its own disk, and are written nowhere else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedcanary.engines.consent import Consent
 from fedcanary.engines.setup import Setup
 from fedcanary.errors import ClientFailed, Problem
 from fedcanary.models import stacked
@@ -26,7 +27,8 @@ from fedcanary.models.base import Rows
 from fedcanary.models.generate import replies
 from fedcanary.personalize import Held
 from fedcanary.personalize.fit import Recipe, fit
-from fedcanary.privacy.release import Message
+from fedcanary.privacy.contract import Request
+from fedcanary.privacy.seal import Message, Sealed, Terms, seal
 from fedcanary.probes.base import Answers, ClientView, relevant
 from fedcanary.rng import stream
 from fedcanary.types import Array, Item, Reading, Role, Scores
@@ -86,11 +88,11 @@ class PrivateStore:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """One client's part in a round: its message, or None if its training failed; and its mean training loss."""
+    """One client's part in a round: what it sealed; None if its training failed, or if it refused, with the reasons."""
 
     client: int
-    message: Message | None
-    loss: float
+    vector: Sealed | None
+    refused: Sequence[str] = ()
 
 
 class LocalClients:
@@ -98,8 +100,9 @@ class LocalClients:
 
     def __init__(self, setup: Setup, folder: Path, tap: Tap | None = None) -> None:
         self._study, self._base, self._lora, self._method = setup.study, setup.base, setup.lora, setup.method
-        self._population, self._probes, self._tap = setup.population, setup.probes, tap
+        self._population, self._probes, self._layout, self._tap = setup.population, setup.probes, setup.layout, tap
         self._private = PrivateStore(folder)
+        self.consent = Consent(setup, self._private.place)
         self._first_private = setup.method.split(setup.initial).private
         self._roles = {role: items for role, items in setup.items.items() if items}
         self._items = tuple(item for items in self._roles.values() for item in items)
@@ -117,17 +120,29 @@ class LocalClients:
         start, stop = self._slices().get(role, (0, 0))
         return self._items[start:stop], self._base_public[start:stop]
 
-    def work(self, round: int, cohort: Sequence[int], shared: Adapter) -> Iterator[list[Sent]]:
-        """One round of the clients in `cohort`, in stacks; yields each stack's messages."""
+    def work(self, request: Request, cohort: Sequence[int], shared: Adapter, terms: Terms) -> Iterator[list[Sent]]:
+        """One round of those in `cohort` who do not refuse the request, in stacks; yields what each client sealed."""
+        round = request.round
+        answers = {client: self.consent.refuses(client, request) for client in cohort}
+        if refused := [Sent(client, None, reasons) for client, reasons in answers.items() if reasons]:
+            yield refused
+        cohort = [client for client, reasons in answers.items() if not reasons]
         common = None
         if not self._first_private:  # then everyone holds the same model at the round's start
             held = Held(stacked.repeat(shared, 1), {})
             common = self._probabilities(self._score(held, [self._public], [self._embedded]))[0]
         size = self._study.engine.stack
         for first in range(0, len(cohort), size):
-            yield self._stack(round, cohort[first : first + size], shared, common)
+            messages = self._stack(round, cohort[first : first + size], shared, common)
+            yield [
+                Sent(client, None if said is None else seal(said, self._layout, terms, round, client))
+                for client, said in messages.items()
+            ]
 
-    def _stack(self, round: int, clients: Sequence[int], shared: Adapter, common: Array | None) -> list[Sent]:
+    def _stack(
+        self, round: int, clients: Sequence[int], shared: Adapter, common: Array | None
+    ) -> dict[int, Message | None]:
+        """What each client of a stack has to say; None if its training failed."""
         k, method = len(clients), self._method
         data = [self._train_rows(c, round) for c in clients]
         local = [self._eval(c) for c in clients]
@@ -155,11 +170,11 @@ class LocalClients:
         after_local = self._probabilities(self._score(trained.held, local_rows, own_z))
         after = self._probabilities(self._score(trained.held, public, public_z))
         said = self._replies(held, public_z) if self._unsafe else None
-        sent = []
+        messages: dict[int, Message | None] = {}
         for j, client in enumerate(clients):
             if trained.failed[j]:
                 self._failed(client, round)
-                sent.append(Sent(client, None, float(trained.loss[j])))
+                messages[client] = None
                 continue
             view = self._view(client, received_local[j], after_local[j], received[j], after[j])
             if said is not None:
@@ -168,7 +183,7 @@ class LocalClients:
             if self._tap is not None:
                 self._tap(round, client, readings)
             weight = float(len(data[j])) if self._study.personalize.weighting == "examples" else 1.0
-            message = Message(
+            messages[client] = Message(
                 readings={name: reading.values for name, reading in readings.items()},
                 update=self._update(shared, trained.held.shared, j, weight),
             )
@@ -176,8 +191,7 @@ class LocalClients:
                 self._private.save(client, round, stacked.unstack(trained.held.private, j))
             if round == self._study.rounds and client < self._study.personalize.save_personalized:
                 self._keep_personalized(client, trained.held, j)
-            sent.append(Sent(client, message, float(trained.loss[j])))
-        return sent
+        return messages
 
     def _failed(self, client: int, round: int) -> None:
         if self._study.personalize.on_failure == "stop":

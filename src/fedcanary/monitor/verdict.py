@@ -12,18 +12,14 @@ from fedcanary.types import Evidence, Release, Verdict
 UTILITY = "utility"
 
 
-def utility_of(release: Release | None) -> tuple[float, float]:
-    """Mean utility of base and personalized models over the clients that answered; NaN without a release."""
-    if release is None:
-        return float("nan"), float("nan")
-    base = release.mean_answered("score_base")
-    return base, base + release.mean_answered("score_gain")
+def utility_gain(release: Release | None) -> float:
+    """Mean over the answering clients of what personalization gained in utility; NaN without a release."""
+    return float("nan") if release is None else release.mean_answered("score_gain")
 
 
 def judge(evidence: Sequence[Evidence], utility: Release | None, on_alarm: Literal["report", "stop"]) -> Verdict:
     """The round's verdict."""
-    base, now = utility_of(utility)
-    fine = now >= base
+    fine = utility_gain(utility) >= 0
     states = {e.mode: e.state for e in evidence}
     silent = {e.mode: e.state == "alarm" and fine for e in evidence}
     alarms = [mode for mode, state in states.items() if state == "alarm"]

@@ -1,117 +1,241 @@
-"""THE ONLY DOOR: nothing a client measured or trained reaches the server except through `Gate.close`.
+"""THE ONLY DOOR: nothing a client measured or trained reaches the server except through a `Gate`.
 
-Clients put their messages in; sums come out, after the charge for them has been written down. Everything a server-side
-function receives is a `Release`, and this file is the only one that builds them (tests/contracts/test_door.py reads
-the source tree to keep that true).
+Clients seal what they say (seal.py); the gate collects it, writes the charge, and only then opens the sums. Everything
+a server-side function receives is a `Release`, and this file is the only one that builds them
+(tests/contracts/test_door.py reads the source tree to keep that true).
 
-Trust `none` sends sums without noise. It protects nothing: its event is `NonPrivate` and its epsilon is infinite.
+    trust               the server sees                        who adds the noise
+    secure_aggregation  masked vectors, and their noised sum   every client a share
+    local               every client's noised vector           every client all of it
+    central             every client's exact vector            the server, to the sum
+    none                every client's exact numbers           nobody: epsilon is infinite
+
+The update leaves as an exact sum unless the terms clip and noise it too. An exact sum is not differentially private,
+and its own charge says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedcanary.errors import FedcanaryError
+from fedcanary.privacy import secagg
+from fedcanary.privacy.encode import UNIT, Encoding, Integers, Sums
+from fedcanary.privacy.seal import FIXED, RANGE, READINGS, UPDATE, Sealed, Terms
 from fedcanary.types import Array, Coord, Release
 
-Trust = Literal["none"]
-UPDATE = "update"  # the adapter update's name among the releases
+Registration = tuple[secagg.Registry, Mapping[int, Ed25519PrivateKey]]  # the list, and each simulated client's own key
+BITS = 64  # entries are below 2^44, their noise far below 2^60: sums over 2^17 clients do not wrap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Charge:
-    """What a round's releases cost, written to the ledger before they are made."""
+    """What a round's readings, or its update, cost; written to the ledger before anything is opened."""
 
     id: str
     round: int
-    event: str
+    purpose: str
+    event: str  # the mechanism, as `accounting.Mechanism.from_json` reads it back
     epsilon: float
     delta: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """What one client puts into the sum: a vector for each probe, and the weighted update of its shared tensors.
+class Gate:
+    """One round's passage through the door: `put` every client's sealed vector, then `close` once.
 
-    `update` is (weight * change..., weight), so that the sum carries its own divisor.
+    `cohort` are the only clients who may answer; `run` tells its charges from other runs'; `registration` is the list
+    of keys that secure aggregation checks (without it, clients register for the round). `aborted` says why nothing was
+    opened, if so; `refused` counts what was not taken, by reason.
     """
 
-    readings: Mapping[str, Array]
-    update: Array
-
-
-class Gate:
-    """One round's passage through the door: `put` every client's message, then `close` once."""
-
     def __init__(
-        self, round: int, layout: Mapping[str, Sequence[Coord]], trust: Trust, charge: Callable[[Charge], None]
+        self,
+        round: int,
+        layout: Mapping[str, Sequence[Coord]],
+        terms: Terms,
+        charge: Callable[[Charge], None],
+        *,
+        cohort: Collection[int] | None = None,
+        run: str = "",
+        registration: Registration | None = None,
     ) -> None:
-        if trust != "none":
-            raise FedcanaryError(f"no mechanism for trust {trust!r}")
+        self.aborted = ""
+        self.refused: Counter[str] = Counter()
         self._round = round
         self._layout = {name: tuple(coords) for name, coords in layout.items()}
+        self._encoding = Encoding(self._layout)
+        everything = sum(len(coords) for coords in self._layout.values())
+        self._readings = everything if terms.trust == "none" else self._encoding.size
+        self.terms = terms
         self._charge = charge
-        self._totals: dict[str, Array] = {}
-        self._count = 0
+        self._cohort, self._run, self._registration = cohort, run, registration
+        self._charges: dict[str, Charge] = {}
+        self._size: int | None = None  # of the first vector taken; all have the same
+        self._seen: set[int] = set()
+        self._total: Sealed | None = None  # of vectors that the server sees
+        self._sealed: dict[int, Integers] = {}  # what stays with each client until it is masked
         self._closed = False
 
-    def put(self, message: Message) -> None:
-        """Add a client's message to the sums.
-
-        Whatever the layout does not say, and values outside their bounds, are the client's bug: the message is refused
-        whole.
-        """
+    def put(self, client: int, vector: Sealed) -> bool:
+        """Take in a client's sealed vector (see `seal.seal`); False if it is dropped, which `refused` counts."""
         if self._closed:
             raise FedcanaryError("a message came after its round was closed")
-        if message.readings.keys() != self._layout.keys():
-            raise FedcanaryError(f"a message with {sorted(message.readings)} where {sorted(self._layout)} may pass")
-        for name, coords in self._layout.items():
-            values = message.readings[name]
-            low, high = np.array([[c.low, c.high] for c in coords]).reshape(-1, 2).T
-            if values.shape != low.shape or not np.all((values >= low) & (values <= high)):  # also refuses NaN
-                raise FedcanaryError(f"a reading of {name} lies outside its bounds")
-        before = self._totals.get(UPDATE, message.update)
-        if message.update.ndim != 1 or message.update.shape != before.shape or not np.all(np.isfinite(message.update)):
-            raise FedcanaryError("an update is not finite, or not of the others' size")
-        for name, values in {**message.readings, UPDATE: message.update}.items():
-            total = self._totals.get(name)
-            self._totals[name] = values.astype(np.float64) if total is None else total + values
-        self._count += 1
+        reason = self._reason(client, vector)
+        if reason:
+            self.refused[reason] += 1
+            return False
+        self._size = len(vector)
+        self._seen.add(client)
+        if self.terms.trust == "secure_aggregation":
+            self._sealed[client] = vector
+        else:
+            self._total = vector.copy() if self._total is None else self._total + vector
+        return True
+
+    def _reason(self, client: int, vector: Sealed) -> str:
+        """Why a vector is not taken; empty if it is. What a trust hides from the server cannot be checked here."""
+        readings = self._readings
+        dtype = np.float64 if self.terms.trust == "none" else np.int64
+        if self._cohort is not None and client not in self._cohort:
+            return "not in this round's panel"
+        if client in self._seen:
+            return "a second message of one client"
+        if vector.dtype != dtype or vector.ndim != 1 or len(vector) <= readings:
+            return "wrong shape"
+        if len(vector) != (self._size or len(vector)):
+            return "wrong shape"
+        if self.terms.trust == "none":
+            bounds = np.array([[c.low, c.high] for coords in self._layout.values() for c in coords]).reshape(-1, 2)
+            said = vector[:readings]
+            if not np.isfinite(vector).all() or not np.all((said >= bounds[:, 0]) & (said <= bounds[:, 1])):
+                return "out of bounds"
+        elif self.terms.trust == "central":
+            update = vector[readings:].astype(np.float64) / FIXED
+            clip = self.terms.update_clip * abs(update[-1]) * (1 + 1e-9)
+            large = np.abs(update).max() >= RANGE or (math.isfinite(clip) and np.linalg.norm(update[:-1]) > clip)
+            if large or np.linalg.norm(vector[:readings].astype(np.float64)) > UNIT:
+                return "out of bounds"
+        return ""
 
     def close(self) -> dict[str, Release]:
-        """Write the charge, then release the sums, by probe name; empty if no client sent anything.
+        """Write the charges, then open the sums: a release for each probe and one for the update.
 
-        A gate closes once: a second look at the same sums would be a second release.
+        Empty if nobody sent anything, or too few did; the latter is charged all the same. A gate closes once: a second
+        look at the same sums would be a second release.
         """
         if self._closed:
             raise FedcanaryError(f"round {self._round} was released before")
         self._closed = True
-        if self._count == 0:
+        count, total = len(self._seen), self._total
+        if not count:
             return {}
-        digest = hashlib.blake2b(f"{self._round}".encode(), digest_size=8)
-        for name in sorted(self._totals):
-            digest.update(f"|{name}:{len(self._totals[name])}".encode())
-        charge = Charge(id=digest.hexdigest(), round=self._round, event="NonPrivate", epsilon=math.inf, delta=0.0)
-        self._charge(charge)
-        return {name: self._release(name, total, charge) for name, total in self._totals.items()}
+        if count < self.terms.floor:
+            self._abort(f"{count} clients answered, and no sum over fewer than {self.terms.floor} is opened")
+            return {}
+        if total is None:
+            return self._masked()
+        self._pay(count)
+        if self.terms.trust == "none":
+            return self._plain(total)
+        return self._open(self._noised(total) if self.terms.trust == "central" else total, count)
 
-    def _release(self, name: str, total: Array, charge: Charge) -> Release:
+    def _abort(self, why: str) -> None:
+        self.aborted = why
+        if not self._charges:
+            self._pay(self.terms.floor)
+
+    def _masked(self) -> dict[str, Release]:
+        try:
+            outcome = secagg.aggregate(
+                self._sealed,
+                BITS,
+                round_id=f"{self._run} {self._round}",
+                minimum=max(self.terms.floor, 2),
+                tolerated=self.terms.dropouts,
+                registry=None if self._registration is None else self._registration[0],
+                identities=None if self._registration is None else self._registration[1],
+                before_unmasking=lambda survivors: self._pay(len(survivors)),
+            )
+        except secagg.Aborted as error:
+            self._abort(str(error))
+            return {}
+        self.refused.update(outcome.refused)
+        return self._open(outcome.signed, len(outcome.survivors))
+
+    def _noised(self, total: Integers) -> Integers:
+        """What the server adds under trust `central`."""
+        terms, size = self.terms, self._encoding.size
+        noised = total.copy()
+        noised[:size] += terms.draw(terms.readings_std, size, READINGS, self._round)
+        if terms.update_std:
+            noised[size:-1] += terms.draw(terms.update_std, len(total) - size - 1, UPDATE, self._round)
+        return noised
+
+    def _pay(self, survivors: int) -> None:
+        mechanisms = {READINGS: self.terms.mechanism(survivors)}
+        if self._size is None or self._size > self._readings + 1:  # a lone weight is no update
+            mechanisms[UPDATE] = self.terms.update_mechanism(survivors)
+        said = "|".join(f"{name}:{','.join(c.name for c in coords)}" for name, coords in self._layout.items())
+        for purpose, mechanism in mechanisms.items():
+            epsilon = self.terms.epsilon(mechanism)
+            charge = Charge(
+                id=hashlib.blake2b(f"{self._run}|{self._round}|{purpose}|{said}".encode(), digest_size=8).hexdigest(),
+                round=self._round,
+                purpose=purpose,
+                event=mechanism.to_json(),
+                epsilon=epsilon,
+                delta=self.terms.delta if math.isfinite(epsilon) else 0.0,
+            )
+            self._charge(charge)
+            self._charges[purpose] = charge
+
+    def _plain(self, total: Array) -> dict[str, Release]:
+        """Trust `none`: exact sums of everything, details included."""
+        found, at, count = {}, 0, len(self._seen)
+        for name, coords in self._layout.items():
+            sums = Sums(
+                coords=tuple(c.name for c in coords),
+                total=total[at : at + len(coords)],
+                noise_std=np.zeros(len(coords)),
+            )
+            found[name] = self._release(name, sums, count, math.inf)
+            at += len(coords)
+        update = Sums(coords=(), total=total[at:], noise_std=np.zeros(len(total) - at))
+        return {**found, UPDATE: self._release(UPDATE, update, count, math.inf)}
+
+    def _open(self, total: Integers, count: int) -> dict[str, Release]:
+        terms, size = self.terms, self._encoding.size
+        sums, lost, lost_std = self._encoding.read(total[:size], count, terms.noise_std(terms.readings_std, count))
+        found = {name: self._release(name, each, count, 1.0, lost, lost_std) for name, each in sums.items()}
+        noise_std = np.full(len(total) - size, terms.noise_std(terms.update_std, count) / FIXED)
+        noise_std[-1] = 0.0  # the weights' sum
+        update = Sums(coords=(), total=total[size:] / FIXED, noise_std=noise_std)
+        return {**found, UPDATE: self._release(UPDATE, update, count, terms.update_clip)}
+
+    def _release(
+        self, name: str, sums: Sums, count: int, sensitivity: float, lost: float = 0.0, lost_std: float = 0.0
+    ) -> Release:
+        charge = self._charges.get(name, self._charges[READINGS])
         return Release(
             round=self._round,
             probe=name,
-            coords=tuple(coord.name for coord in self._layout.get(name, ())),
-            total=total,
-            count=float(self._count),
-            noise_std=np.zeros_like(total),
-            sensitivity=math.inf,
+            coords=sums.coords,
+            total=sums.total,
+            count=float(count),
+            noise_std=sums.noise_std,
+            sensitivity=sensitivity,
             event=charge.event,
             charge_id=charge.id,
+            lost=lost,
+            lost_std=lost_std,
         )
 
 
@@ -127,4 +251,6 @@ def restore(body: Mapping[str, Any]) -> Release:
         sensitivity=float(body["sensitivity"]),
         event=str(body["event"]),
         charge_id=str(body["charge_id"]),
+        lost=float(body.get("lost", 0.0)),
+        lost_std=float(body.get("lost_std", 0.0)),
     )

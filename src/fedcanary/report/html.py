@@ -64,6 +64,7 @@ def render(summary: Mapping[str, Any]) -> str:
         unknowns=[m for m in modes if m["state"] == "unknown"],
         epsilon=_epsilon(summary["privacy"]["epsilon"]),
         noiseless=summary["privacy"]["trust"] == "none" or summary["privacy"]["epsilon"] == "inf",
+        bought=_bought(summary),
         pictures=_pictures(summary) if summary["rounds"] else {},
         icons={state: charts.icon(state) for state in charts.STATES},
         shown=charts.thin(summary["rounds"]),
@@ -186,6 +187,18 @@ def _name(summary: Mapping[str, Any], mode: Mode) -> str:
     return str(summary["modes"][mode]["label"])
 
 
+def _bought(summary: Mapping[str, Any]) -> str:
+    """What the privacy spent got its buyer: verdicts, and how much noise the estimates carry."""
+    modes = list(summary["modes"].values())
+    counts = [f"{sum(m['state'] == state for m in modes)} {state}" for state in ("alarm", "clear", "unknown")]
+    noise = [m["noise"] for m in modes if m["noise"] is not None]
+    wide = [(m["interval"][1] - m["interval"][0]) / 2 for m in modes if None not in m["interval"]]
+    if not noise or not wide:
+        return ", ".join(counts)
+    share = f"noise of sd {min(noise):.2g} to {max(noise):.2g} on one round's estimates"
+    return f"{', '.join(counts)}; {share}, whose intervals are {min(wide):.2g} to {max(wide):.2g} wide to each side"
+
+
 def _epsilon(value: Any) -> str:
     return "∞" if value == "inf" else f"{float(value):.3g}"
 
@@ -237,11 +250,13 @@ def _pictures(summary: Mapping[str, Any]) -> dict[str, Any]:
         if modes[mode]["since_round"]:
             since.setdefault(modes[mode]["since_round"], []).append(i)
     accuracy, spread = utility["accuracy"], summary["spread"]["per_round"]
+
+    def level(block: Mapping[str, Any]) -> list[Any]:
+        return [block["base"]] * len(block["per_round"])
+
     return {
-        "utility": charts.utility_chart("utility", "Utility", utility["base_per_round"], utility["per_round"], since),
-        "accuracy": charts.utility_chart(
-            "accuracy", "Accuracy", accuracy["base_per_round"], accuracy["per_round"], since
-        ),
+        "utility": charts.utility_chart("utility", "Utility", level(utility), utility["per_round"], since),
+        "accuracy": charts.utility_chart("accuracy", "Accuracy", level(accuracy), accuracy["per_round"], since),
         "clients": charts.clients_chart("clients", summary["clients"]["asked"], summary["clients"]["answered"]),
         "modes": {
             str(m): charts.mode_chart(m, v["label"], v["per_round"], v["margin"], v["since_round"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -18,11 +18,12 @@ import numpy as np
 
 from fedcanary.monitor import base as monitor
 from fedcanary.monitor.influence import likely_upstream
-from fedcanary.monitor.verdict import UTILITY, utility_of
+from fedcanary.monitor.verdict import UTILITY
 from fedcanary.privacy.release import restore
 from fedcanary.probes.statistics import ece_from_bins
 from fedcanary.probes.utility import Utility
 from fedcanary.record import RunRecord, number, plain
+from fedcanary.report.privacy import privacy_of
 from fedcanary.types import Mode, Release
 
 SCHEMA: Final = 1
@@ -117,7 +118,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "action": rounds[-1]["verdict"]["action"] if rounds else None,
         "modes": _modes(record, plan, rounds, releases),
         "utility": _utility(rounds, releases),
-        "privacy": _privacy(record, header),
+        "privacy": privacy_of(record),
         "error": _error(plan, rounds),
         "clients": {
             "population": header["clients"],
@@ -251,11 +252,31 @@ def _modes(record: RunRecord, plan: monitor.Plan, rounds: Sequence[Round], relea
             "likely_upstream": [str(parent) for parent in likely_upstream(mode, states, since)],
             "why": seen["why"] if seen else "no round is complete",
             "next": _next(record, mode, seen, rounds, settled) if mode in unsure else "",
-            "missing": release.mean("missing") if release else None,
+            "missing": _missing(mode_plan, seen, release),
+            "noise": _noise(mode_plan, seen, release),
             "details": _details(mode, release, curve, study["probes"]["per_step"]),
             "per_round": curve,
         }
     return {str(mode): table[mode] for mode in Mode}
+
+
+def _spoken_of(mode_plan: monitor.ModePlan, seen: Any) -> str:
+    """The coordinate that a mode's estimate speaks of; "" before there is one."""
+    return next((s.coord for s in mode_plan.streams if seen and s.name == seen["part"]), "")
+
+
+def _missing(mode_plan: monitor.ModePlan, seen: Any, release: Release | None) -> float | None:
+    """Share of the round's clients that could not score what the estimate speaks of."""
+    if release is None or release.count <= 0:
+        return None
+    return min(max(release.missing(_spoken_of(mode_plan, seen)) / release.count, 0.0), 1.0)
+
+
+def _noise(mode_plan: monitor.ModePlan, seen: Any, release: Release | None) -> float | None:
+    """Standard deviation of the privacy noise on the round's mean that the estimate speaks of."""
+    coord = _spoken_of(mode_plan, seen)
+    answered = release.answered(coord) if release else 0.0
+    return release.noise(coord) / answered if release and coord and answered >= 0.5 else None
 
 
 def _details(mode: Mode, release: Release | None, curve: Sequence[Any], per_step: float) -> list[dict[str, Any]]:
@@ -266,7 +287,7 @@ def _details(mode: Mode, release: Release | None, curve: Sequence[Any], per_step
     labels |= DETAILS[mode]
     answered = release.answered()
     rows = [{"name": name, "label": label, "value": _mean(release, name)} for name, label in labels.items()]
-    if mode == Mode.CONFIDENCE_MISCALIBRATION and answered > 0:
+    if mode == Mode.CONFIDENCE_MISCALIBRATION and answered > 0 and _bins(release):
         bins = [[release.sum(f"{what}:{b}") for what in ("n", "conf", "correct")] for b in _bins(release)]
         pooled = ece_from_bins(np.array(bins, dtype=np.float64).reshape(-1, 3))
         rows += [
@@ -287,8 +308,8 @@ def _details(mode: Mode, release: Release | None, curve: Sequence[Any], per_step
     return rows
 
 
-def _bins(release: Release) -> Iterable[str]:
-    return (coord.partition(":")[2] for coord in release.coords if coord.startswith("n:"))
+def _bins(release: Release) -> list[str]:
+    return [coord.partition(":")[2] for coord in release.coords if coord.startswith("n:")]
 
 
 def _what_if(record: RunRecord, plan: monitor.Plan, unsure: Sequence[Mode]) -> dict[Mode, tuple[float, str]]:
@@ -309,7 +330,12 @@ def _what_if(record: RunRecord, plan: monitor.Plan, unsure: Sequence[Mode]) -> d
         for round in bodies:
             scaled = {
                 b["probe"]: restore(
-                    {**b, "total": [number(v) * times for v in b["total"]], "count": b["count"] * times}
+                    {
+                        **b,
+                        "total": [number(v) * times for v in b["total"]],
+                        "count": b["count"] * times,
+                        "lost": b["lost"] * times,
+                    }
                 )
                 for b in bodies[round]
             }
@@ -354,42 +380,19 @@ def _mean(release: Release, coord: str) -> float:
 
 
 def _utility(rounds: Sequence[Round], releases: Releases) -> dict[str, Any]:
-    def curve(coord: str) -> list[float]:
-        return [_of(releases, body, UTILITY, lambda r: _mean(r, coord)) for body in rounds]
-
     def block(what: str) -> dict[str, Any]:
-        base = curve(f"{what}_base")
-        now = [b + g for b, g in zip(base, curve(f"{what}_gain"), strict=True)]
-        end = (base[-1], now[-1]) if rounds else (math.nan, math.nan)
-        return {"base": end[0], "last": end[1], "per_round": now, "base_per_round": base}
+        """The base's level is the same question in every round, so it is pooled over them: less noise."""
+        told = [(_of(releases, b, UTILITY, lambda r: _mean(r, f"{what}_base")), b) for b in rounds]
+        weight = [_of(releases, b, UTILITY, lambda r: max(r.answered(), 0.0), 0.0) for b in rounds]
+        known = [(value, w) for (value, _), w in zip(told, weight, strict=True) if math.isfinite(value)]
+        total = sum(w for _, w in known)
+        base = sum(value * w for value, w in known) / total if total else math.nan
+        gains = [_of(releases, b, UTILITY, lambda r: _mean(r, f"{what}_gain")) for b in rounds]
+        now = [base + gain for gain in gains]
+        each = [value for value, _ in told]
+        return {"base": base, "last": now[-1] if now else math.nan, "per_round": now, "base_per_round": each}
 
-    score = block("score")
-    if rounds:  # the very numbers the verdict read
-        score["base"], score["last"] = utility_of(releases[int(rounds[-1]["round"])].get(UTILITY))
-    return {"metric": Utility.unit, **score, "accuracy": block("accuracy")}
-
-
-def _privacy(record: RunRecord, header: Mapping[str, Any]) -> dict[str, Any]:
-    charges = list(record.of("charge"))
-    study = header["study"]
-    noiseless = study["privacy"]["trust"] == "none" or any(c["event"] == "NonPrivate" for c in charges)
-    per_round, population = study["clients"]["per_round"], header["clients"]
-    everyone = per_round is None or per_round >= population
-    events = sorted({str(c["event"]) for c in charges} - {"NonPrivate"})
-    return {
-        "trust": study["privacy"]["trust"],
-        "unit": "client",
-        "epsilon": math.fsum(number(c["epsilon"]) for c in charges),  # basic composition: never too small
-        "delta": math.fsum(number(c["delta"]) for c in charges),
-        "mechanism": "none: exact sums, no noise" if noiseless else ", ".join(events),
-        "panel": "every client answers in every round"
-        if everyone
-        else f"{per_round} of {population} clients, drawn anew for every round; not counted as amplification",
-        "updates": "none: no part of the adapter is shared"
-        if not header["shared_parameters"]
-        else ("exact sums, no noise" if noiseless else "noised sums"),
-        "charges": len(charges),
-    }
+    return {"metric": Utility.unit, **block("score"), "accuracy": block("accuracy")}
 
 
 def _error(plan: monitor.Plan, rounds: Sequence[Round]) -> dict[str, Any]:
@@ -411,7 +414,11 @@ def _spread(rounds: Sequence[Round], releases: Releases, tau: float) -> dict[str
         if release is None or n <= 0:
             rows.append({"mean": None, "sd": None, "left_behind": None})
             continue
+        left_behind = release.sum("tail") / n
+        if "score" not in release.coords:  # a detail, which stayed at the clients
+            rows.append({"mean": None, "sd": None, "left_behind": left_behind})
+            continue
         mean = release.sum("score") / n
         variance = max(release.sum("score_square") / n - mean**2, 0.0)
-        rows.append({"mean": mean, "sd": math.sqrt(variance), "left_behind": release.sum("tail") / n})
+        rows.append({"mean": mean, "sd": math.sqrt(variance), "left_behind": left_behind})
     return {"tau": tau, "per_round": rows}

@@ -81,7 +81,13 @@ def _privacy(privacy: Mapping[str, Any], noiseless: bool) -> str:
         return "NONE: sums left the clients without noise, epsilon is infinite"
     if noiseless:
         return "NONE: nothing has left a client yet; whatever leaves will leave without noise"
+    budget = f" of {privacy['budget']['epsilon']:.3g}" if privacy["budget"] else ""
     said = (
-        f"epsilon {privacy['epsilon']:.3g}, delta {privacy['delta']:.3g} per {privacy['unit']}; {privacy['mechanism']}"
+        f"epsilon {privacy['epsilon']:.3g}{budget}, delta {privacy['delta']:.3g} per {privacy['unit']}; "
+        f"the server sees {short(privacy['server_sees'])}"
     )
-    return sentence(short(said)).removesuffix(".")
+    if not privacy["updates_private"]:
+        said += "; the adapter updates left as exact sums, which this epsilon does not cover"
+    if privacy["noise"] == "simulated":
+        said += "; noise from the study's seed: a simulation"
+    return sentence(said).removesuffix(".")
