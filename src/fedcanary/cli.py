@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedcanary import __version__
+from fedcanary import __version__, cli_privacy
 from fedcanary.errors import EXIT_ALARM, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, BadInput, FedcanaryError
 
 if TYPE_CHECKING:
     from fedcanary.pipeline import Progress
     from fedcanary.record import RunRecord
 
-DEMONSTRATION = Path(__file__).with_name("demonstration.toml")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     probe.add_argument("--json", action="store_true", help="print one JSON document")
     probe.set_defaults(action=_probe)
 
+    cli_privacy.add(commands)
     for name, help_, action in (
         ("report", "write a run's summary.json and report.html again", _report),
         ("replay", "compute every verdict again from the record, and compare", _replay),
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from fedcanary import pipeline, study
-    from fedcanary.engines.setup import prepare
+    from fedcanary.engines.setup import cache, prepare
     from fedcanary.record import NAME, RunRecord
 
     if arguments.resume is not None:
@@ -113,7 +113,7 @@ def _run(arguments: argparse.Namespace) -> int:
         record = RunRecord.load(out)
         chosen = study.parse(record.header["study"], where=f"{out}: header")
     else:
-        chosen = study.load(arguments.study or DEMONSTRATION, arguments.set)
+        chosen = study.load(arguments.study or cli_privacy.DEMONSTRATION, arguments.set)
         out = arguments.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
         if (out / NAME).exists():
             raise BadInput.of(
@@ -122,7 +122,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise BadInput.of(str(out), "exists and is not an empty folder", "choose another --out")
     watch = _quiet if arguments.quiet else _Watch(sys.stderr)
-    setup = prepare(chosen, _cache())
+    setup = prepare(chosen, cache())
     (out).mkdir(parents=True, exist_ok=True)
     (out / "study.toml").write_text(chosen.toml(), encoding="utf-8")
     try:
@@ -196,11 +196,6 @@ def _say(summary: dict[str, Any], as_json: bool, out: Path) -> None:
 
     print(terminal(summary, colour=sys.stdout.isatty()))
     print(f"\nreport: {(out / 'report.html').resolve()}")
-
-
-def _cache() -> Path:
-    """Where tables of users' data are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedcanary"
 
 
 def _report(arguments: argparse.Namespace) -> int:

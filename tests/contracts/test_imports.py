@@ -35,8 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compare_read": {"probes"},
     "compare": {"models", "probes", "study", "record", "compare_read"},
     "compare_text": {"compare_read", "compare"},
+    "cli_privacy": {"privacy", "probes", "monitor", "study", "record", "engines"},
     "cli": {
-        *("monitor", "study", "record", "engines", "pipeline", "report", "compare", "compare_text"),
+        *("monitor", "study", "record", "engines", "pipeline", "report", "compare", "compare_text", "cli_privacy"),
     },
     "__main__": {"cli"},
 }

@@ -50,7 +50,7 @@ def test_every_window_is_judged_as_the_monitor_judges_it(mode):
     judged = ours.windows.plan
     (mode_plan,) = (p for p in ours.modes if p.mode == mode)
     drawn = ours.windows._draw("rotating", mode_plan, ours.door(60, 1.2), 0.12)
-    worse, clear = walk(judged, mode_plan, drawn, (WISH.rounds, PATHS))
+    worse, clear = walk(judged, mode_plan, drawn, (WISH.rounds, ours.windows.paths))
     coords = list(drawn.values)
     for path in range(3):
         state = monitor.start(judged)

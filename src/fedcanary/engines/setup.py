@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ class Setup:
             "coords": {p.name: [c.name for c in p.coords] for p in self.probes},
             "environment": records.environment(),
         }
+
+
+def cache() -> Path:
+    """Where tables of users' data are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedcanary"
 
 
 def prepare(study: Study, cache: Path) -> Setup:

@@ -1,12 +1,15 @@
-"""Check a finished run's folder: the record's chain, and that every round's shared adapter is the recorded one."""
+"""Check a run's folder: the record's chain, every round's shared adapter, the contract, and the privacy ledger."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from fedcanary.engines.protection import LEDGER
 from fedcanary.errors import BadInput, Problem
 from fedcanary.models import adapters
+from fedcanary.privacy import contract as contracts
+from fedcanary.privacy.ledger import Budget, Head, Ledger
 from fedcanary.record import RunRecord
 
 
@@ -14,7 +17,8 @@ def verify(folder: Path) -> dict[str, Any]:
     """Facts about an intact run.
 
     Raises:
-        BadInput: the record was changed, or an adapter is missing or is not the one of its round.
+        BadInput: the record was changed, or what it names is missing or is not what it names.
+        Damaged: the ledger was changed or rolled back.
     """
     record = RunRecord.load(folder)
     problems = []
@@ -33,6 +37,37 @@ def verify(folder: Path) -> dict[str, Any]:
             continue
         if found != body["adapter"]:
             problems.append(Problem(str(place), "is not the adapter of the record", "restore it from a backup"))
+    problems += _contract_problems(folder, record)
+    problems += _ledger_problems(folder, record)
     if problems:
         raise BadInput(problems)
     return {"entries": len(record.entries), "rounds": record.rounds, "ended": record.ended, "digest": record.digest}
+
+
+def _contract_problems(folder: Path, record: RunRecord) -> list[Problem]:
+    agreed = record.header["digests"].get("contract")
+    if agreed is None:
+        return []
+    place = folder / "contract.toml"
+    try:
+        found = contracts.load(place).digest
+    except BadInput as error:
+        return list(error.problems)
+    return [] if found == agreed else [Problem(str(place), "is not the contract of the record", "restore it")]
+
+
+def _ledger_problems(folder: Path, record: RunRecord) -> list[Problem]:
+    """The ledger must hold every charge that the record says it holds, and go on from the head it names."""
+    privacy = record.header["study"]["privacy"]
+    heads = {str(body["id"]): body["ledger"] for body in record.of("charge") if body.get("ledger")}
+    if privacy["trust"] == "none" or not heads:
+        return []
+    place = Path(privacy["ledger"]) if privacy.get("ledger") else folder / LEDGER
+    if not place.exists():
+        return [Problem(str(place), "the privacy ledger is missing", "restore it from a backup: it says what is spent")]
+    owner = str(record.header["digests"]["population"])
+    budget = Budget(epsilon=float(privacy["epsilon"]), delta=float(privacy["delta"]))
+    with Ledger.open(place, owner=owner, budget=budget) as ledger:
+        ledger.verify(Head(**max(heads.values(), key=lambda head: int(head["count"]))))
+        lost = heads.keys() - {row.charge.id for row in ledger.rows()}
+    return [Problem(str(place), f"does not hold charge {id}", "restore it from a backup") for id in sorted(lost)]

@@ -30,7 +30,8 @@ from fedcanary.types import Array, Mode, Release, missing_bit
 Kind = Literal["rotating", "same"]
 
 PATHS: Final = 1000  # windows of a forecast: a share of them has a standard error of at most .016
-INTERVALS: Final = 200  # of them, those whose intervals are looked at
+FEWEST: Final = 200  # of them in long windows (.035), and those whose intervals are looked at
+ROUNDS: Final = 24 * PATHS  # simulated rounds up to which there are all of PATHS
 BESIDE: Final = 0.1  # root mean square of what is sent beside the modes (utility), less its zero
 SAMPLE: Final = 4096  # clients from whom it is seen how much else a message carries
 NORMAL: Final[Array] = np.array([NormalDist().inv_cdf((i + 0.5) / 801) for i in range(801)])  # quantiles
@@ -52,7 +53,7 @@ class Clients:
 
 
 # Of the bundled world (benchmarks/planner/README.md): the largest std of a part with nothing planted or with the mode's
-# own plant, and the worst part's drift with nothing planted. A drift for the better is not counted on.
+# own plant, and the worst part's drift with nothing planted, rounded up. No drift for the better is counted on.
 MEASURED: Final[Mapping[Mode, Clients]] = {
     Mode.AMPLIFIED_BIAS: Clients(std=0.04, drift=-0.022),
     Mode.CONFIDENCE_MISCALIBRATION: Clients(std=0.075),
@@ -152,6 +153,11 @@ class Windows:
     seed: int
     _cache: dict[Any, Any] = field(default_factory=dict)
 
+    @property
+    def paths(self) -> int:
+        """How many windows are simulated."""
+        return min(PATHS, max(FEWEST, ROUNDS // self.plan.horizon))
+
     def power(self, kind: Kind, mode_plan: ModePlan, door: Door, effect: float) -> tuple[float, float]:
         """Share of windows with an alarm from the change to the horizon, and its mean delay (1: at once; NaN if none).
 
@@ -172,7 +178,7 @@ class Windows:
     def width(self, kind: Kind, mode_plan: ModePlan, door: Door, effect: float) -> float:
         """Median width of a round's 95% interval, under the effect; infinite if there usually is none."""
         drawn, found = self._draw(kind, mode_plan, door, effect), []
-        for at in ((self.change - 1, path) for path in range(INTERVALS)):
+        for at in ((self.change - 1, path) for path in range(FEWEST)):
             values = {name: float(sums[at]) for name, sums in drawn.values.items()}
             one = Sums(drawn.count, float(drawn.lost[at]), drawn.lost_std, values, drawn.noises)
             _, (low, high), _ = monitor._headline(mode_plan, cast(Release, one))
@@ -181,7 +187,7 @@ class Windows:
 
     def _run(self, kind: Kind, mode_plan: ModePlan, door: Door, effect: float | None) -> tuple[Array, Array]:
         drawn = self._draw(kind, mode_plan, door, effect)
-        return walk(self.plan, mode_plan, cast(Release, drawn), (self.plan.horizon, PATHS))
+        return walk(self.plan, mode_plan, cast(Release, drawn), (self.plan.horizon, self.paths))
 
     def _draw(self, kind: Kind, mode_plan: ModePlan, door: Door, effect: float | None) -> Sums:
         """A mode's sums, (rounds, paths) each; nothing is wrong if the effect is None."""
@@ -205,17 +211,15 @@ class Windows:
     def _normals(self, kind: Kind, mode_plan: ModePlan) -> tuple[Array, Array]:
         """Standard normal draws for people and for noise, (coordinates, 4, rounds, paths) each."""
         key = (kind, mode_plan.mode)
-        if key not in self._cache:
-            rng, shape = (
-                stream(self.seed, "plan", mode_plan.mode),
-                (len(tested(mode_plan)), 4, self.plan.horizon, PATHS),
-            )
+        if self._cache.get("whose normals") != key:  # only the last are kept: they are large
+            rng = stream(self.seed, "plan", mode_plan.mode)
+            shape = (len(tested(mode_plan)), 4, self.plan.horizon, self.paths)
             people, noises = (rng.standard_normal(shape) for _ in range(2))
             if kind == "same":
                 people[:] = people[:, :, :1].copy()
             people[:, 0] = people[0, 0].copy()  # a message loses mass once, not once for each coordinate
-            self._cache[key] = people, noises
-        found: tuple[Array, Array] = self._cache[key]
+            self._cache.update({"whose normals": key, "normals": (people, noises)})
+        found: tuple[Array, Array] = self._cache["normals"]
         return found
 
     def _moments(self, mode_plan: ModePlan, i: int, effect: float | None) -> tuple[Array, Array]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -99,11 +101,22 @@ def load_policy(path: Path, known: Collection[str] | None = None) -> ClientPolic
     Raises:
         BadInput: every problem of the file.
     """
-    policy = read_table(ClientPolicy, read_file(path), str(path))
-    unknown = sorted(set(policy.forbidden_probes) - set(known)) if known is not None else []
-    if unknown:
-        where = f"{path}: forbidden_probes"
-        raise BadInput(Problem(where, f"no probe is called {p!r}", did_you_mean(p, known or ())) for p in unknown)
+    text, policy = read_file(path), None
+    problems: list[Problem] = []
+    said: Any = ()
+    try:
+        policy = read_table(ClientPolicy, text, str(path))
+        said = policy.forbidden_probes
+    except BadInput as error:
+        problems += error.problems
+        with suppress(ValueError):  # what it does say is still looked at, so that one reading finds everything
+            said = tomllib.loads(text).get("forbidden_probes")
+    for probe in [p for p in said if isinstance(p, str)] if isinstance(said, list | tuple) else []:
+        if known is not None and probe not in known:
+            what = f"no probe is called {ascii(probe)[:60]}"
+            problems.append(Problem(f"{path}: forbidden_probes", what, did_you_mean(probe, known)))
+    if policy is None or problems:
+        raise BadInput(problems)
     return policy
 
 
