@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Nothing here needs a model hub: a missing file is an error, not a download.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all lint bench-demo bench-plants example-hatecheck example-shakespeare bundled clean help
+.PHONY: demo test test-all lint bench-demo bench-plants bench-secagg bench-planner example-hatecheck example-shakespeare bundled clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 22
@@ -54,6 +54,12 @@ bundled: $(VENV)/.installed ## train the bundled model again (about 10 CPU-minut
 
 bench-demo: $(VENV)/.installed ## time and memory of the demonstration
 	$(BIN)/python benchmarks/demo.py
+
+bench-secagg: $(VENV)/.installed ## secure aggregation: cost of a client and of the server
+	$(BIN)/python benchmarks/secagg.py
+
+bench-planner: $(VENV)/.installed ## the planner's predictions against windows played message by message
+	$(BIN)/python benchmarks/planner.py
 
 bench-plants: $(VENV)/.installed ## the 140 runs: six planted failures and none, 20 seeds each
 	$(BIN)/python benchmarks/plants.py

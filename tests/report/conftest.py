@@ -31,7 +31,18 @@ from fedcanary.types import Mode, Role
 
 SPENT = Budget(epsilon=3.5, delta=1e-6)  # what a protected record says is spent
 Says = Callable[[int, int], Mapping[str, Any] | None]  # round, client -> what it says; None if it failed
-CASES = ("all_alarm", "all_clear", "all_unknown", "mixed", "held", "zero_rounds", "crashed", "unscored", "nobody")
+CASES = (
+    "all_alarm",
+    "all_clear",
+    "all_unknown",
+    "mixed",
+    "held",
+    "zero_rounds",
+    "crashed",
+    "unscored",
+    "nobody",
+    "protected",
+)
 
 
 def reading(layout: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -66,6 +77,7 @@ def build(
     ends: bool = True,
     crash: bool = False,
     study: Mapping[str, Any] | None = None,
+    strangers: int = 0,
 ) -> RunRecord:
     """Run the loop's stages 5 to 8 over what made-up clients say."""
     tree = {"rounds": planned or rounds or 5, "privacy": {"trust": "none"}, "clients": {"count": clients}}
@@ -104,6 +116,8 @@ def build(
             if one is not None:
                 message = Message(readings=reading(setup.layout, one), update=np.zeros(3))
                 gate.put(k, seal(message, setup.layout, gate.terms, t, k))
+        for k in range(strangers):
+            gate.put(clients + k, np.zeros(2))
         releases = gate.close()
         if crash and t == rounds:
             return record
@@ -118,6 +132,8 @@ def build(
                 "round": t,
                 "clients": clients,
                 "failed": said.count(None),
+                "refused": dict(gate.refused),
+                "aborted": gate.aborted,
                 "adapter": f"{t:032x}",
                 "evidence": [records.fields(e) for e in evidence],
                 "verdict": records.fields(verdict),
@@ -171,6 +187,17 @@ def case(name: str, folder: Path, study: Mapping[str, Any] | None = None) -> Run
             return build(folder, saying(fine), rounds=3, clients=6, study=study)
         case "mixed":
             return build(folder, saying(mixed, rising=False), rounds=6, clients=80, study=study)
+        case "protected":  # in round 2 too few answer, and two messages are of no use
+            few = saying(mixed)
+            privacy = {"updates": {"noise": "none"}, "epsilon": 4.0, "dropouts": 0.1}
+            return build(
+                folder,
+                lambda t, k: few(t, k) if t != 2 or k < 9 else None,
+                rounds=6,
+                clients=80,
+                study={**study, "privacy": privacy},
+                strangers=1,
+            )
         case "held":
             stop = {**study, "policy": {"on_alarm": "stop"}}
             return build(folder, saying(bad), rounds=8, clients=60, study=stop)

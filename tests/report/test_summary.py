@@ -247,7 +247,8 @@ def test_the_terminal_shows_all_six_within_its_width(any_record):
     text = terminal(summary)
     assert max(map(len, text.splitlines())) <= 100
     assert "\x1b" not in text
-    assert "epsilon is infinite" in text or "without noise" in text
+    protected = summary["privacy"]["trust"] != "none"
+    assert protected != ("epsilon is infinite" in text or "without noise" in text)
     rows = {line[:27].strip(): line[27:].split() for line in text.splitlines() if line[:27].strip()}
     for mode in summary["modes"].values():
         cells = rows[mode["label"].lower()]
@@ -261,3 +262,35 @@ def test_the_terminal_paints_only_when_asked(make):
     painted = terminal(summary, colour=True)
     assert "\x1b[1;31malarm\x1b[0m" in painted
     assert re.sub(r"\x1b\[[0-9;]*m", "", painted) == terminal(summary)
+
+
+def test_refusals_are_counted_by_reason_and_closed_rounds_say_why(make):
+    summary = summarise(make("protected"))
+    assert summary["clients"]["refused"] == {"wrong shape": 6}
+    (round, why), *rest = summary["clients"]["not_opened"].items()
+    assert (round, rest) == ("2", [])
+    assert why == "9 clients answered, and no sum over fewer than 72 is opened"
+    words = " ".join(terminal(summary, colour=False).split())
+    assert "refused 6 wrong shape" in words
+    assert "closed round 2: 9 clients answered" in words
+
+
+def test_a_protected_run_says_what_was_spent_and_what_epsilon_does_not_cover(make):
+    summary = summarise(make("protected"))
+    privacy = summary["privacy"]
+    assert 0 < privacy["epsilon"] <= privacy["budget"]["epsilon"] == 4.0
+    assert (privacy["trust"], privacy["updates_private"], privacy["noise"]) == (
+        "secure_aggregation",
+        False,
+        "simulated",
+    )
+    assert "not in the epsilon above" in privacy["updates"]
+    assert "rotating" in privacy["panel"]
+    assert all(mode["noise"] > 0 for mode in summary["modes"].values())
+    stayed = [d for mode in summary["modes"].values() for d in mode["details"] if d["name"] in ("ece", "stereotype")]
+    assert stayed and all(d["value"] is None for d in stayed)
+    assert summary["utility"]["accuracy"]["last"] is None
+    words = " ".join(terminal(summary, colour=False).split())
+    assert "of 4, delta 1e-06 per client" in words
+    assert "the adapter updates left as exact sums, which this epsilon does not cover" in words
+    assert "a simulation" in words

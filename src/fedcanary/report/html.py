@@ -268,6 +268,17 @@ def _pictures(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _misses(clients: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What did not come through, if anything."""
+    refused, closed = clients["refused"], clients["not_opened"]
+    rows = []
+    if refused:
+        rows.append(("Refused", ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in refused.items())))
+    if closed:
+        rows.append(("Rounds not opened", "; ".join(f"{round}: {why}" for round, why in closed.items())))
+    return rows
+
+
 def _facts(summary: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     """The study in a few rows; the whole of it is folded up below them."""
     study, clients = summary["study"], summary["clients"]
@@ -287,6 +298,7 @@ def _facts(summary: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
             f"{personalize['method']}, {personalize['epochs']} epoch{'s' * (personalize['epochs'] > 1)} a round",
         ),
         ("Rounds", f"{summary['rounds']} of {summary['rounds_planned']}"),
+        *_misses(summary["clients"]),
         ("Seed", str(study["seed"])),
         ("Privacy", f"trust {study['privacy']['trust']}"),
         ("On an alarm", {"report": "go on and report", "stop": "stop after the round"}[study["policy"]["on_alarm"]]),

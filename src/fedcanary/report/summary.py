@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -125,6 +126,8 @@ def summarise(record: RunRecord) -> dict[str, Any]:
             "asked": [body["clients"] for body in rounds],
             "failed": [body["failed"] for body in rounds],
             "answered": [_of(releases, body, UTILITY, lambda r: r.count, 0.0) for body in rounds],
+            "refused": _refused(rounds),
+            "not_opened": {str(body["round"]): body["aborted"] for body in rounds if body.get("aborted")},
         },
         "spread": _spread(rounds, releases, study["probes"]["tail"]),
         "digests": {"contract": None, **header["digests"], "record": record.digest},
@@ -133,6 +136,14 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "environment": header["environment"],
     }
     return dict(plain({"headline": headline(summary), **summary}))
+
+
+def _refused(rounds: Sequence[Round]) -> dict[str, int]:
+    """How many messages or requests were refused over all rounds, by reason; never by whom."""
+    counts: Counter[str] = Counter()
+    for body in rounds:
+        counts.update(body.get("refused") or {})
+    return dict(sorted(counts.items()))
 
 
 def headline(summary: Mapping[str, Any]) -> list[str]:

@@ -42,6 +42,11 @@ def terminal(summary: Mapping[str, Any], colour: bool = False) -> str:
     privacy = summary["privacy"]
     noiseless = privacy["trust"] == "none" or privacy["epsilon"] == "inf"
     lines += [paint(line, "red") if noiseless else line for line in _wrapped("privacy", _privacy(privacy, noiseless))]
+    clients = summary["clients"]
+    if clients["refused"]:
+        lines += _wrapped("refused", ", ".join(f"{n} {short(why)}" for why, n in clients["refused"].items()))
+    for round, why in clients["not_opened"].items():
+        lines += _wrapped("closed", f"round {round}: {short(why)}")
     unsure: dict[str, list[str]] = {}
     for mode in Mode:
         m = summary["modes"][mode]
