@@ -61,8 +61,9 @@ def main() -> None:
 
 `make bench-demo` (`python benchmarks/demo.py --runs {runs}`) on {platform.machine()}, {os.cpu_count()} cores, Python
 {platform.python_version()}, torch {torch.__version__}: the bundled demonstration, start of the process to its end,
-{summary["rounds"]} rounds of {summary["clients"]["population"]} clients, all six modes read at every client in every
-round. Each run is a process of its own; the machine is shared, so the spread matters.
+{summary["rounds"]} rounds, {summary["clients"]["asked"][0]} of {summary["clients"]["population"]} clients in each, all six
+modes read at every client in every round, under secure aggregation with epsilon {summary["privacy"]["epsilon"]:.3g}. Each
+run is a process of its own; the machine is shared, so the spread matters.
 
 | {runs} runs | least | median | most | limit |
 |---|---|---|---|---|
@@ -70,7 +71,9 @@ round. Each run is a process of its own; the machine is shared, so the spread ma
 
 The report is {report / 1024:.0f} KiB (limit 1,536).
 
-The 140 planted federations have [a page of their own](../benchmarks/plants/README.md).
+Pages of their own: the [140 planted federations](../benchmarks/plants/README.md),
+[secure aggregation](../benchmarks/secagg/README.md) (cost of a client, growth of the server's), and
+[the planner's predictions](../benchmarks/planner/README.md).
 """
     (ROOT / "docs" / "benchmarks.md").write_text(page, encoding="utf-8")
     print(page)

@@ -254,18 +254,30 @@ def _pictures(summary: Mapping[str, Any]) -> dict[str, Any]:
     def level(block: Mapping[str, Any]) -> list[Any]:
         return [block["base"]] * len(block["per_round"])
 
+    def known(curve: Sequence[Any]) -> bool:  # what stayed at the clients has no picture
+        return summary["privacy"]["trust"] == "none" or any(value is not None for value in curve)
+
     return {
         "utility": charts.utility_chart("utility", "Utility", level(utility), utility["per_round"], since),
-        "accuracy": charts.utility_chart("accuracy", "Accuracy", level(accuracy), accuracy["per_round"], since),
+        "accuracy": known(accuracy["per_round"])
+        and charts.utility_chart("accuracy", "Accuracy", level(accuracy), accuracy["per_round"], since),
         "clients": charts.clients_chart("clients", summary["clients"]["asked"], summary["clients"]["answered"]),
         "modes": {
             str(m): charts.mode_chart(m, v["label"], v["per_round"], v["margin"], v["since_round"])
             for m, v in ((m, modes[m]) for m in Mode)
         },
         "influence": charts.influence_graph("influence", modes),
-        "spread": charts.spread_chart("spread", [r["mean"] for r in spread], [r["sd"] for r in spread]),
+        "spread": known([r["mean"] for r in spread])
+        and charts.spread_chart("spread", [r["mean"] for r in spread], [r["sd"] for r in spread]),
         "left_behind": charts.share_chart("left", "Share of clients left behind", [r["left_behind"] for r in spread]),
     }
+
+
+def _asked(clients: Mapping[str, Any]) -> str:
+    asked = sorted({*clients["asked"]} - {0})
+    if not asked or asked == [clients["population"]]:
+        return "all"
+    return f"{asked[0]}" if len(asked) == 1 else f"{asked[0]} to {asked[-1]}"
 
 
 def _misses(clients: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -283,14 +295,13 @@ def _facts(summary: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     """The study in a few rows; the whole of it is folded up below them."""
     study, clients = summary["study"], summary["clients"]
     model, personalize = study["model"], study["personalize"]
-    asked = study["clients"]["per_round"]
     plants = [
         f"{_name(summary, Mode(p['mode'])).lower()}, strength {p['strength']:g}" for p in study["clients"]["plants"]
     ]
     rows = [
         ("Base model", f"{model['source']} ({'language model' if model['task'] == 'causal' else 'classifier'})"),
         ("Adapter", f"LoRA, rank {model['lora']['r']}, on {_say(model['lora']['targets'])}"),
-        ("Clients", f"{clients['population']}, {'all' if asked is None else asked} in each round"),
+        ("Clients", f"{clients['population']}, {_asked(clients)} in each round"),
         ("Data", _say(study["clients"]["source"])),
         ("Planted failures", "; ".join(plants) or "none"),
         (

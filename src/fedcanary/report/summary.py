@@ -277,10 +277,12 @@ def _spoken_of(mode_plan: monitor.ModePlan, seen: Any) -> str:
 
 
 def _missing(mode_plan: monitor.ModePlan, seen: Any, release: Release | None) -> float | None:
-    """Share of the round's clients that could not score what the estimate speaks of."""
+    """Share of the round's clients that could not score what the estimate speaks of; 0 if it may be noise alone."""
     if release is None or release.count <= 0:
         return None
-    return min(max(release.missing(_spoken_of(mode_plan, seen)) / release.count, 0.0), 1.0)
+    bit = release.missing_coord(_spoken_of(mode_plan, seen))
+    share = release.sum(bit) / release.count if bit else 0.0
+    return min(share, 1.0) if bit and share > 2 * release.noise(bit) / release.count else 0.0
 
 
 def _noise(mode_plan: monitor.ModePlan, seen: Any, release: Release | None) -> float | None:
@@ -329,9 +331,10 @@ def _what_if(record: RunRecord, plan: monitor.Plan, unsure: Sequence[Mode]) -> d
     The monitor itself is asked, with every recorded sum and count multiplied; nothing of it is recorded or shown as
     measured.
     """
-    bodies: dict[int, list[Round]] = {round: [] for round in record.releases()}
+    read = record.releases()
+    bodies: dict[int, list[Round]] = {round: [] for round in read}
     for body in record.of("release"):
-        if body["round"] in bodies and body["probe"] in unsure:
+        if body["probe"] in unsure and body["probe"] in read.get(body["round"], {}):
             bodies[body["round"]].append(body)
     found: dict[Mode, tuple[float, str]] = {}
     for times in TIMES_CLIENTS:
@@ -367,6 +370,8 @@ def _next(
     if why.startswith("no public items"):
         return f"give the study {ROLES[mode]}"
     if why.startswith("no release"):
+        if rounds[-1].get("aborted"):
+            return f"let more clients answer: the last round was not opened ({rounds[-1]['aborted']})"
         failed, asked = rounds[-1]["failed"], rounds[-1]["clients"]
         return f"mend the clients: {failed} of {asked} failed in the last round" if failed else "let the clients answer"
     if "could not score" in why:
