@@ -34,7 +34,7 @@ PREPARED = ROOT / "runs" / "shakespeare-prepared"
 FILE = Path("tinyshakespeare") / "input.txt"
 LONGEST = 96
 SHORTEST = 20
-CLIENT_ROWS = 60  # the study's clients.min_examples; speakers with fewer are public
+CLIENT_ROWS = 20  # the study's clients.min_examples; speakers with fewer are public
 
 SEED = 5
 STEPS = 400

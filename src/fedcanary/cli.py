@@ -155,7 +155,7 @@ class _Watch:
             from fedcanary.monitor.verdict import utility_gain
 
             alarms = [mode for mode, state in p.verdict.states.items() if state == "alarm"]
-            line += f"  utility {utility_gain(p.releases.get('utility')):+.3f}"
+            line += f"  utility {utility_gain(p.releases.get('utility'))[0]:+.3f}"
             line += f"  ALARM {', '.join(alarms)}" if alarms else ""
             print(("\r\x1b[K" if self._live else "") + line, file=self._stream, flush=True)
         elif self._live:

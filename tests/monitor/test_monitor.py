@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -421,6 +422,13 @@ def test_silent_is_an_alarm_while_utility_looks_fine(base, now, silent):
     assert not any(v for mode, v in verdict.silent.items() if mode != EROSION)  # only alarms are failures
     assert verdict.states[EROSION] == "alarm"
     assert verdict.action == "adopt"
+
+
+@pytest.mark.parametrize(("gain", "silent"), [(0.05, True), (-0.05, True), (-0.07, False)])
+def test_noise_alone_does_not_make_a_failure_loud(gain, silent):
+    """Noise of standard deviation 0.03 on the mean gain: only what is beyond 0.06 is a fall."""
+    noised = replace(utility(0.6, 0.6 + gain), noise_std=np.array([0.1, 0.03]))
+    assert judge(evidence_of(alignment_erosion="alarm"), noised, "report").silent[EROSION] == silent
 
 
 def test_without_utility_nothing_is_called_silent():

@@ -19,7 +19,7 @@ import numpy as np
 
 from fedcanary.monitor import base as monitor
 from fedcanary.monitor.influence import likely_upstream
-from fedcanary.monitor.verdict import UTILITY
+from fedcanary.monitor.verdict import UTILITY, utility_gain
 from fedcanary.privacy.release import restore
 from fedcanary.probes.statistics import ece_from_bins
 from fedcanary.probes.utility import Utility
@@ -197,6 +197,9 @@ def _utility_words(summary: Mapping[str, Any]) -> str:
     over = f"over {_count(summary['rounds'], 'round')}"
     if not (math.isfinite(base) and math.isfinite(last)):
         return "Utility is not known"
+    noise = number(summary["utility"]["noise"])
+    if 0 < abs(last - base) <= 2 * noise:
+        return f"Utility did not move from {base:.2f} by more than privacy noise can {over}"
     if f"{base:.4f}" == f"{last:.4f}":
         return f"Utility stayed at {last:.2f} {over}"
     verb = "rose" if last > base else "fell"
@@ -408,7 +411,8 @@ def _utility(rounds: Sequence[Round], releases: Releases) -> dict[str, Any]:
         each = [value for value, _ in told]
         return {"base": base, "last": now[-1] if now else math.nan, "per_round": now, "base_per_round": each}
 
-    return {"metric": Utility.unit, **block("score"), "accuracy": block("accuracy")}
+    noise = utility_gain(releases[int(rounds[-1]["round"])].get(UTILITY))[1] if rounds else math.nan
+    return {"metric": Utility.unit, **block("score"), "noise": noise, "accuracy": block("accuracy")}
 
 
 def _error(plan: monitor.Plan, rounds: Sequence[Round]) -> dict[str, Any]:
