@@ -61,8 +61,8 @@ def main() -> None:
 
 `make bench-demo` (`python benchmarks/demo.py --runs {runs}`) on {platform.machine()}, {os.cpu_count()} cores, Python
 {platform.python_version()}, torch {torch.__version__}: the bundled demonstration, start of the process to its end,
-{summary["rounds"]} rounds, {summary["clients"]["asked"][0]} of {summary["clients"]["population"]} clients in each, all six
-modes read at every client in every round, under secure aggregation with epsilon {summary["privacy"]["epsilon"]:.3g}. Each
+{summary["rounds"]} rounds, {summary["clients"]["asked"][0]} of {summary["clients"]["population"]} clients in each,
+all six modes read at every client, under secure aggregation with epsilon {summary["privacy"]["epsilon"]:.3g}. Each
 run is a process of its own; the machine is shared, so the spread matters.
 
 | {runs} runs | least | median | most | limit |

@@ -42,6 +42,18 @@ def file_study(path: Path, columns: str, more: str = "") -> str:
         (f'{TRUST}[model.lora]\ntargets = ["q_projj"]\n', ["matches no linear layer", "did you mean 'q_proj'?"]),
         (f'{TRUST}[[probes.suites]]\nsource = "world-bia"\n', ["did you mean 'world-bias'?"]),
         ("rounds = [\n", ["is not TOML"]),
+        (
+            'rounds = 7\n[clients]\ncount = 30\n[privacy.updates]\nnoise = "none"\n',
+            ["privacy.min_cohort", "4 in a round", "fedcanary plan"],
+        ),
+        (
+            "[clients]\ncount = 200\n[privacy.updates]\nnoise = 0.5\nclip = 1.0\n",
+            ["privacy.updates.noise", "spends more than the whole epsilon", "give more than"],
+        ),
+        (
+            '[clients]\ncount = 200\npolicies = "nowhere"\n[privacy.updates]\nnoise = "none"\n',
+            ["nowhere", "holds no policy"],
+        ),
         (f"{TRUST}[probes.margins]\namplified_bias = 0.9\n", ["less than or equal to 0.2"]),
     ],
 )

@@ -87,7 +87,8 @@ LISTS = {"plants", "suites"}
 def test_an_unknown_key_is_an_error_with_a_suggestion_at_every_depth(path, table):
     key = max(table.model_fields, key=len)
     wrong = key[:-1] + "_" + key[-1]
-    tree: dict = {"privacy": {"updates": {"noise": "none"}}}
+    record = {"noise": 1.0, "clip": 1.0, "sample_rate": 0.1}
+    tree: dict = {"privacy": {"updates": {"noise": "none"}, "record": record}}
     at = tree
     place = []
     for name in path:

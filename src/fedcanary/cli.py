@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fedcanary.record import RunRecord
 
 
-
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     top = argparse.ArgumentParser(
@@ -103,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from fedcanary import pipeline, study
+    from fedcanary.engines import consent
     from fedcanary.engines.setup import cache, prepare
     from fedcanary.record import NAME, RunRecord
 
@@ -123,7 +123,8 @@ def _run(arguments: argparse.Namespace) -> int:
             raise BadInput.of(str(out), "exists and is not an empty folder", "choose another --out")
     watch = _quiet if arguments.quiet else _Watch(sys.stderr)
     setup = prepare(chosen, cache())
-    (out).mkdir(parents=True, exist_ok=True)
+    consent.check(setup)
+    out.mkdir(parents=True, exist_ok=True)
     (out / "study.toml").write_text(chosen.toml(), encoding="utf-8")
     try:
         record = pipeline.run(setup, out, watch=watch)

@@ -25,8 +25,6 @@ from fedcanary.models import adapters
 from fedcanary.monitor import base as monitor
 from fedcanary.monitor.verdict import judge
 from fedcanary.privacy.contract import tally
-from fedcanary.privacy.ledger import Budget, Head
-from fedcanary.privacy.release import Charge
 from fedcanary.privacy.seal import UPDATE
 from fedcanary.probes.bias import AmplifiedBias, contrasts, favourable_of
 from fedcanary.record import RunRecord
@@ -78,8 +76,7 @@ def run(
     if record.rounds:
         kept = adapters.load(round_folder(out, record.rounds))
         shared = {name: kept[name] for name in shared}
-    protected = Protection(setup, out, record.rounds, _note_charge(record))
-    with _interruptible() as interrupted, protected:
+    with _interruptible() as interrupted, Protection(setup, record) as protected:
         for t in range(record.rounds + 1, study.rounds + 1 if not record.ended else 0):
             started = time.monotonic()
             # 1 base model and data were loaded by `engines.setup`   2 who trains and who answers
@@ -179,17 +176,6 @@ def _begin(record: RunRecord, setup: Setup, plan: monitor.Plan, contract: str) -
             f"was made with another {' and '.join(changed)}",
             "resume with the same study, model, data and suites, or start in another --out",
         )
-
-
-def _note_charge(record: RunRecord) -> Callable[[Charge, Head | None, Budget], None]:
-    """Write a charge into the record: once, however often its round is begun."""
-
-    def note(charge: Charge, head: Head | None, spent: Budget) -> None:
-        if charge.id not in {body["id"] for body in record.of("charge")}:
-            after = {"ledger": None if head is None else records.fields(head), "spent": records.fields(spent)}
-            record.append("charge", {**records.fields(charge), **after})
-
-    return note
 
 
 def _note_time(out: Path, round: int, seconds: float) -> None:

@@ -169,11 +169,14 @@ class RunRecord:
         return any(entry.kind == "end" for entry in self.entries)
 
     def releases(self) -> dict[int, dict[str, Release]]:
-        """All releases of complete rounds that the monitor read, by round and probe."""
-        complete = {int(body["round"]) for body in self.of("round")}
+        """All releases of complete rounds that the monitor read, by round and probe.
+
+        A round that was interrupted among its releases and then given up leaves some behind, which nobody read.
+        """
+        complete = {int(body["round"]): not body.get("aborted") for body in self.of("round")}
         table: dict[int, dict[str, Release]] = {round: {} for round in sorted(complete)}
         for body in self.of("release"):
-            if int(body["round"]) in complete:
+            if complete.get(int(body["round"])):
                 table[int(body["round"])][str(body["probe"])] = restore(body)
         return table
 

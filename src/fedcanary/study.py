@@ -207,6 +207,26 @@ class UpdatesTable(Table):
     """Noise multiplier; "none" sends exact sums, which is not differentially private. It must be said."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Bound on the L2 norm of a client's change; needed with noise."""
+    quantile: Share | None = None
+    """The bound follows this quantile of the clients' norms, starting from `clip`; each client's word on it is noised
+    with its readings."""
+
+
+class RecordTable(Table):
+    """Unit `example`: how each client's own training hides one of its examples (DP-SGD), and what else may show it."""
+
+    noise: Annotated[float, Field(ge=0.3, le=1e3)]
+    """Noise multiplier: standard deviation of a step's noise over `clip`."""
+    clip: Annotated[float, Field(gt=0)]
+    """Bound on the L2 norm of one example's gradient; `personalize.clip` is not used."""
+    sample_rate: Annotated[float, Field(ge=1e-4, le=1)]
+    """Chance that an example joins a step, the same for every client; a round has epochs / sample_rate steps.
+    `personalize.batch` bounds memory: so many examples go through the model at once."""
+    min_held_out: Positive = 8
+    """A client with fewer held-out examples says nothing about them; the more, the less one shows in a mean."""
+    domains: Literal["hidden", "public"] = "hidden"
+    """Which domains a client has follows from its examples. Hidden: every client is asked the items of all domains, its
+    own among them. Public: only if everyone may know each client's domains."""
 
 
 class PrivacyTable(Table):
@@ -214,12 +234,15 @@ class PrivacyTable(Table):
 
     trust: Literal["secure_aggregation", "central", "local", "none"] = "secure_aggregation"
     """Who sees what: only masked sums; the server every vector; noise at each client; or, if said, exact sums."""
+    unit: Literal["client", "example"] = "client"
+    """Whom epsilon protects: a whole client, or (few clients with much data each) one example of a client."""
     epsilon: Annotated[float, Field(gt=0, le=50)] = 4.0
-    """What a window's readings, and noised updates with them, may cost a client."""
+    """What a window's readings, and noised updates or training with them, may cost a unit."""
     delta: Annotated[float, Field(ge=1e-12, lt=1e-2)] = 1e-6
     """At most this; far below one over the number of clients."""
     neighbours: Literal["zeroed", "substituted"] = "zeroed"
-    """What epsilon hides: that a client's message was there, or which of any two it was (twice the noise)."""
+    """What epsilon hides: that a client's message (or an example) was there, or which of any two it was (twice the
+    noise)."""
     panel: Literal["rotating", "same"] = "rotating"
     """Rotating: a client trains and answers at most once in the run. Same: in every round it is drawn for."""
     min_cohort: Annotated[int, Field(ge=2, strict=True)] = 10
@@ -233,6 +256,8 @@ class PrivacyTable(Table):
     ledger: str | None = None
     """File of the privacy ledger; one in the run's folder if not said. Runs over the same clients share one."""
     updates: UpdatesTable | None = None
+    record: RecordTable | None = None
+    """Needed for the unit `example`."""
 
     @property
     def rotates(self) -> bool:
@@ -302,13 +327,21 @@ class Study(Table):
         return self
 
     def _privacy_problems(self) -> list[str]:
-        privacy, found = self.privacy, []
+        privacy, found = self.privacy, self._record_problems()
         updates = privacy.updates
         if privacy.trust == "none":
             if updates is not None:
                 found.append('privacy.updates: trust "none" sends everything as it is; leave it out')
             return found
-        if updates is None:
+        if updates is not None and updates.quantile is not None:
+            if updates.clip is None:
+                found.append("privacy.updates.clip: a quantile needs a bound to start from")
+            if self.personalize.method == "local_only":
+                found.append("privacy.updates.quantile: local_only sends no update; leave it out")
+        if privacy.unit == "example":
+            if updates is not None and updates.noise != "none":
+                found.append('privacy.updates.noise: examples are hidden by the noise of training; say "none"')
+        elif updates is None:
             if self.personalize.method != "local_only":
                 found.append(
                     'privacy.updates.noise: say how adapter updates leave: "none" for exact sums, which are not '
@@ -319,6 +352,23 @@ class Study(Table):
                 found.append("privacy.updates.clip: a noised update needs a bound on its norm")
             if self.personalize.weighting != "uniform":
                 found.append('personalize.weighting: noised updates must weigh alike; say "uniform"')
+        return found
+
+    def _record_problems(self) -> list[str]:
+        privacy, found = self.privacy, []
+        if privacy.unit == "client":
+            if privacy.record is not None:
+                found.append('privacy.record: is for the unit "example"; leave it out, or set privacy.unit')
+            return found
+        if privacy.record is None:
+            found.append('privacy.record: the unit "example" needs noise, clip and sample_rate of the training')
+        if privacy.trust == "none":
+            found.append('privacy.trust: "none" sends readings of single examples as they are; choose another trust')
+        if self.personalize.method == "dual":
+            found.append(
+                "personalize.method: the gate of dual is an exact mean of training examples, which no noise hides; "
+                "choose another method"
+            )
         return found
 
     @property

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import fedcanary
 from fedcanary import types
 from fedcanary.errors import BadInput, FedcanaryError
-from fedcanary.privacy import release, secagg
+from fedcanary.privacy import accounting, release, secagg
 from fedcanary.privacy.encode import UNIT
 from fedcanary.privacy.release import Gate, restore
 from fedcanary.privacy.seal import FIXED, UPDATE, Message, Terms, seal
@@ -115,6 +115,48 @@ def test_the_charges_are_written_before_anything_is_released(monkeypatch, terms)
     assert (readings.epsilon == math.inf) == (terms.trust == "none")
     assert {r.charge_id for name, r in found.items() if name != UPDATE} == {readings.id}
     assert found[UPDATE].charge_id == update.id
+
+
+PAID = accounting.Mechanism(kind="poisson_gaussian", noise_multiplier=1.0, sample_rate=0.1, count=10)
+BY_EXAMPLE = [replace(terms, training=PAID, exact=("safety",), reach=0.1) for terms in PROTECTED]
+
+
+@pytest.mark.parametrize("terms", BY_EXAMPLE, ids=lambda t: t.trust)
+def test_where_examples_are_the_unit_training_is_charged_first_and_cited_by_what_leaves_exactly(monkeypatch, terms):
+    events = []
+
+    class Watched(types.Release):
+        def __init__(self, **fields):
+            events.append(fields["probe"])
+            super().__init__(**fields)
+
+    monkeypatch.setattr(release, "Release", Watched)
+    found = full(terms, events.append).close()
+    training, readings, *rest = events
+    assert (training.purpose, readings.purpose) == ("training", "readings")
+    assert sorted(rest) == ["safety", UPDATE, "utility"]
+    assert training.epsilon == accounting.compose([PAID], 1e-6, neighbours=terms.neighbours)
+    assert {name: r.charge_id for name, r in found.items()} == {
+        **dict.fromkeys(("safety", UPDATE), training.id),
+        "utility": readings.id,
+    }
+    np.testing.assert_allclose(found["safety"].total, 8 * np.array([0.1, 0.0, 0.7]), rtol=0, atol=1e-8)
+    np.testing.assert_allclose(found[UPDATE].total, [8.0, -16.0, 8.0], rtol=0, atol=1e-8)
+    assert found["utility"].noise("score") > 0
+    monkeypatch.setattr(release, "TRAINING", "forgotten")  # planted: the training is charged under another name
+    broken = full(terms)
+    broken._pay = lambda survivors: broken._charges.update(readings=readings)  # or not at all
+    with pytest.raises(KeyError):
+        broken.close()
+
+
+@pytest.mark.parametrize("terms", BY_EXAMPLE, ids=lambda t: t.trust)
+def test_a_round_that_is_not_opened_still_pays_for_its_training(terms):
+    charges = []
+    one = full(terms, charges.append, clients=3)
+    assert one.close() == {}
+    assert one.aborted
+    assert [c.purpose for c in charges] == ["training", "readings"]
 
 
 def test_nothing_can_be_read_while_the_ledger_is_asked(monkeypatch):

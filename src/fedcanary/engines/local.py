@@ -11,13 +11,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedcanary.engines import privacy_terms
 from fedcanary.engines.consent import Consent
 from fedcanary.engines.setup import Setup
 from fedcanary.errors import ClientFailed, Problem
@@ -27,9 +28,10 @@ from fedcanary.models.base import Rows
 from fedcanary.models.generate import replies
 from fedcanary.personalize import Held
 from fedcanary.personalize.fit import Recipe, fit
+from fedcanary.personalize.private_fit import fit_private
 from fedcanary.privacy.contract import Request
 from fedcanary.privacy.seal import Message, Sealed, Terms, seal
-from fedcanary.probes.base import Answers, ClientView, relevant
+from fedcanary.probes.base import Answers, ClientView, OwnProbe, Probe, relevant
 from fedcanary.rng import stream
 from fedcanary.types import Array, Item, Reading, Role, Scores
 
@@ -100,7 +102,8 @@ class LocalClients:
 
     def __init__(self, setup: Setup, folder: Path, tap: Tap | None = None) -> None:
         self._study, self._base, self._lora, self._method = setup.study, setup.base, setup.lora, setup.method
-        self._population, self._probes, self._layout, self._tap = setup.population, setup.probes, setup.layout, tap
+        self._population, self._probes, self._tap = setup.population, setup.probes, tap
+        self._layout, self._record_level = privacy_terms.layout(setup), privacy_terms.training(setup.study)
         self._private = PrivateStore(folder)
         self.consent = Consent(setup, self._private.place)
         self._first_private = setup.method.split(setup.initial).private
@@ -135,9 +138,19 @@ class LocalClients:
         for first in range(0, len(cohort), size):
             messages = self._stack(round, cohort[first : first + size], shared, common)
             yield [
-                Sent(client, None if said is None else seal(said, self._layout, terms, round, client))
+                Sent(
+                    client, None if said is None else seal(self._whole(said, terms), self._layout, terms, round, client)
+                )
                 for client, said in messages.items()
             ]
+
+    def _whole(self, said: Message, terms: Terms) -> Message:
+        """With the client's word on its update's norm, if that is asked for."""
+        if privacy_terms.CLIPPING not in self._layout:
+            return said
+        weight, change = said.update[-1], said.update[:-1]
+        within = weight <= 0 or float(np.linalg.norm(change / weight)) <= terms.update_clip
+        return replace(said, readings={**said.readings, privacy_terms.CLIPPING: np.array([float(within)])})
 
     def _stack(
         self, round: int, clients: Sequence[int], shared: Adapter, common: Array | None
@@ -154,7 +167,7 @@ class LocalClients:
             own_z = [stacked.embed(self._base, rows) for rows in local_rows]
             held = method.prepare(held, [stacked.embed(self._base, rows) for rows in data])
         public_z = [self._embedded] * k
-        public = [self._asked(self._population.domains(c)) for c in clients]
+        public = [self._asked(self._domains(c)) for c in clients]
 
         received_local = self._probabilities(self._score(held, local_rows, own_z))
         received = [common] * k if common is not None else self._probabilities(self._score(held, public, public_z))
@@ -162,9 +175,13 @@ class LocalClients:
         def order(j: int, epoch: int) -> np.random.Generator:
             return stream(self._study.seed, "order", clients[j], round, epoch)
 
-        def local_fit(start: Adapter, **how: object) -> object:
+        sources = self._sources(clients, round)
+
+        def local_fit(start: Adapter, **how: Any) -> object:
             # `how` is what the method chose among fit's own keywords; fit checks them.
-            return fit(self._base, self._lora, start, data, self._recipe, order, **how)  # type: ignore[arg-type]
+            if self._record_level is None:
+                return fit(self._base, self._lora, start, data, self._recipe, order, **how)
+            return fit_private(self._base, self._lora, start, data, self._recipe, self._record_level, sources, **how)
 
         trained = method.train(held, local_fit)
         after_local = self._probabilities(self._score(trained.held, local_rows, own_z))
@@ -179,7 +196,7 @@ class LocalClients:
             view = self._view(client, received_local[j], after_local[j], received[j], after[j])
             if said is not None:
                 view = replace(view, replies={"base": self._base_replies, "received": said[j]})
-            readings = {probe.name: probe.read(view) for probe in self._probes}
+            readings = {probe.name: self._read(probe, view) for probe in self._probes}
             if self._tap is not None:
                 self._tap(round, client, readings)
             weight = float(len(data[j])) if self._study.personalize.weighting == "examples" else 1.0
@@ -220,7 +237,30 @@ class LocalClients:
             for role, (a, b) in self._slices().items()
         }
         local = Answers(items=items, base=base_local, received=received_local, personalized=after_local)
-        return ClientView(local=local, suites=suites, domains=self._population.domains(client))
+        return ClientView(local=local, suites=suites, domains=self._domains(client))
+
+    def _read(self, probe: Probe, view: ClientView) -> Reading:
+        """One probe's reading. Where examples are the unit, what leaves exactly never sees the client's own items, and
+        what is about them is read so that one of them moves it little, and not at all below the agreed number.
+        """
+        record = self._study.privacy.record
+        if self._record_level is None or record is None:
+            return probe.read(view)
+        if isinstance(probe, OwnProbe) and len(view.local) >= record.min_held_out:
+            return probe.read_by_item(view)
+        return probe.read(view.public())
+
+    def _domains(self, client: int) -> frozenset[str]:
+        """The client's domains; none where they are hidden, as they tell of its examples."""
+        record = self._study.privacy.record
+        hidden = self._record_level is not None and record is not None and record.domains == "hidden"
+        return frozenset() if hidden else self._population.domains(client)
+
+    def _sources(self, clients: Sequence[int], round: int) -> list[np.random.Generator] | None:
+        """Coins and noise of private training: seeded in a simulation, else the operating system's."""
+        if self._study.privacy.noise == "system":
+            return None
+        return [stream(self._study.seed, "dpsgd", client, round) for client in clients]
 
     def _asked(self, domains: frozenset[str]) -> Rows:
         """The public rows that a client with these domains is asked: what no probe would look at costs nothing."""

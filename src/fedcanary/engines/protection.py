@@ -1,14 +1,17 @@
-"""A run's privacy: from the study's table to each round's panel, terms and gate, and the ledger that pays for them."""
+"""The server's side of a run's privacy: who is drawn, each round's gate, and the ledger that pays before it opens."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fedcanary.clients import panel
+from fedcanary.engines import privacy_terms
 from fedcanary.engines.setup import Setup
 from fedcanary.errors import BadInput
 from fedcanary.privacy import accounting, secagg
@@ -16,72 +19,12 @@ from fedcanary.privacy import ledger as ledgers
 from fedcanary.privacy.accounting import Mechanism, Neighbours
 from fedcanary.privacy.ledger import Budget, Head, Ledger
 from fedcanary.privacy.release import Charge, Gate
-from fedcanary.privacy.seal import Terms
-from fedcanary.study import Study
+from fedcanary.privacy.seal import TRAINING
+from fedcanary.record import RunRecord, fields
 
 LEDGER = "ledger.sqlite"
-Note = Callable[[Charge, Head | None, Budget], None]  # a charge, the ledger's head, and all that is spent by now
-
-
-def neighbours(study: Study) -> Neighbours:
-    """What the study's epsilon hides. A locally noised message must hide any value behind any other."""
-    return "substituted" if study.privacy.trust == "local" else study.privacy.neighbours
-
-
-def readings_noise(study: Study) -> float:
-    """Noise multiplier of a round's readings, such that everything a client pays for in the window fits epsilon.
-
-    Gaussians of multipliers z_i cost together what one of 1/z^2 = sum 1/z_i^2 costs.
-
-    Raises:
-        BadInput: noised updates alone cost more than the whole budget.
-    """
-    privacy = study.privacy
-    times = study.rounds if privacy.panel == "same" else 1
-    norm = accounting.sensitivity(1.0, neighbours(study))
-    whole = accounting.gaussian_std(privacy.epsilon, privacy.delta, norm)
-    updates = privacy.updates.noise if privacy.updates is not None else "none"
-    left = 1 / whole**2 / times - (0.0 if updates == "none" else 1 / updates**2)
-    if left <= 0:
-        least = whole * math.sqrt(times)
-        raise BadInput.of(
-            "privacy.updates.noise",
-            f"{updates} spends more than the whole epsilon of {privacy.epsilon:g}",
-            f"give more than {least:.3g}, or a larger epsilon",
-        )
-    return math.sqrt(1 / left) * (1 + 1e-9)
-
-
-def terms(study: Study, cohort: int) -> Terms:
-    """How a round of so many clients is protected."""
-    privacy = study.privacy
-    if privacy.trust == "none":
-        return Terms(trust="none")
-    updates = privacy.updates
-    return Terms(
-        trust=privacy.trust,
-        noise_multiplier=readings_noise(study),
-        delta=privacy.delta,
-        neighbours=neighbours(study),
-        floor=floor(study, cohort),
-        dropouts=privacy.dropouts,
-        update_clip=math.inf if updates is None or updates.clip is None else updates.clip,
-        update_noise=0.0 if updates is None or updates.noise == "none" else updates.noise,
-        simulated=study.seed if privacy.noise == "simulated" else None,
-    )
-
-
-def floor(study: Study, cohort: int) -> int:
-    """No sum over fewer of so many clients is opened; the noise suffices for as few."""
-    privacy = study.privacy
-    return max(privacy.min_cohort, math.ceil((1 - privacy.dropouts) * cohort - 1e-9))
-
-
-def panel_size(study: Study, clients: int) -> int:
-    """How many clients a round asks, if they are there."""
-    if study.privacy.rotates:
-        return study.clients.per_round or max(clients // study.rounds, 1)
-    return min(study.clients.per_round or clients, clients)
+TRAINED, HELD_OUT = " trained", " held-out"  # ends of a panel's name in the ledger
+Unit = Literal["client", "example"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +43,35 @@ class Protection:
         Refused: the ledger was changed or rolled back.
     """
 
-    def __init__(self, setup: Setup, out: Path, complete: int, note: Note) -> None:
-        self._study, self._layout, self._note = setup.study, setup.layout, note
+    def __init__(self, setup: Setup, record: RunRecord) -> None:
+        privacy_terms.check(setup)
+        self._study, self._layout, self._probes = setup.study, privacy_terms.layout(setup), setup.probes
+        self._record, self._run = record, setup.study.digest
         self._clients = len(setup.population)
-        self._run = setup.study.digest
         self._used: set[int] = set()
         self._given_up: set[int] = set()
         masked = setup.study.privacy.trust == "secure_aggregation"
         self._registration = secagg.register(range(self._clients)) if masked else None
-        self._ledger = self._open(setup.population.digest, out)
-        for round in range(1, complete + 1):
+        self._ledger = self._open(setup.population.digest)
+        for round in range(1, record.rounds + 1):
             self.cohort(round)
-        if self._ledger is not None and setup.study.privacy.noise == "system":
+        if self._ledger is not None:
+            self._catch_up(self._ledger)
+
+    def _catch_up(self, ledger: Ledger) -> None:
+        """Bring ledger and record together after a crash between the two."""
+        heads = [Head(**body["ledger"]) for body in self._record.of("charge") if body["ledger"]]
+        if heads:  # finds a ledger that was rolled back with its anchor
+            ledger.verify(max(heads, key=lambda head: head.count))
+        if self._record.rounds:
+            last = self._record.rounds
+            self.settle(last, released=bool(self._record.releases()[last]))
+        if self._study.privacy.noise == "system":
             # A round that was paid for may have been seen. Fresh noise would be a second look: its budget is lost.
-            self._given_up = {row.charge.round for row in self._rows() if row.charge.round > complete}
+            for row in self._rows():
+                if row.charge.round > self._record.rounds:
+                    self._given_up.add(row.charge.round)
+                    self._note(_as_noted(row.charge), row.head)
 
     def __enter__(self) -> Protection:
         return self
@@ -129,7 +87,8 @@ class Protection:
         if not privacy.rotates:
             drawn = panel.draw(study.seed, round, self._clients, study.clients.per_round, there)
         else:
-            drawn = panel.rotate(study.seed, self._clients, panel_size(study, self._clients), self._used, there)
+            size = privacy_terms.panel_size(study, self._clients)
+            drawn = panel.rotate(study.seed, self._clients, size, self._used, there)
         least = 1 if privacy.trust == "none" else privacy.min_cohort
         if len(drawn) < least:
             return Cohort([], f"{len(drawn)} clients could be drawn, and no sum over fewer than {least} is opened")
@@ -141,11 +100,27 @@ class Protection:
 
     def gate(self, round: int, cohort: Cohort) -> Gate:
         """The round's way through the door."""
-        agreed = terms(self._study, len(cohort.clients))
-        asked = set(cohort.clients)
+        agreed = privacy_terms.terms(self._study, len(cohort.clients), self._probes, self._clip(round))
         return Gate(
-            round, self._layout, agreed, self._pay, cohort=asked, run=self._run, registration=self._registration
+            round,
+            self._layout,
+            agreed,
+            self._pay,
+            cohort=set(cohort.clients),
+            run=self._run,
+            registration=self._registration,
         )
+
+    def _clip(self, round: int) -> float | None:
+        """The round's bound on updates where it adapts: from the recorded releases alone, as a resumed run has them."""
+        updates = self._study.privacy.updates
+        if updates is None or updates.quantile is None or updates.clip is None:
+            return None
+        clip, past = updates.clip, self._record.releases()
+        for earlier in range(1, round):
+            within = past.get(earlier, {}).get(privacy_terms.CLIPPING)
+            clip = privacy_terms.next_clip(clip, updates.quantile, within)
+        return clip
 
     def settle(self, round: int, released: bool) -> None:
         """Say in the ledger what became of a round's charges, once the record says it too."""
@@ -159,36 +134,38 @@ class Protection:
         rows = () if self._ledger is None else self._ledger.rows()
         return [row for row in rows if row.charge.panel.startswith(self._run)]
 
-    def _open(self, owner: str, out: Path) -> Ledger | None:
+    def _open(self, owner: str) -> Ledger | None:
         """None where nothing is protected and nothing can be spent."""
-        privacy = self._study.privacy
+        privacy, hides = self._study.privacy, privacy_terms.neighbours(self._study)
         if privacy.trust == "none":
             return None
-        size = panel_size(self._study, self._clients)
-        if size < privacy.min_cohort or self._clients < privacy.min_cohort:
-            raise BadInput.of(
-                "privacy.min_cohort",
-                f"{self._clients} clients in {self._study.rounds} {privacy.panel} panels are {size} in a round, and no "
-                f"sum over fewer than {privacy.min_cohort} is opened",
-                'take more clients, fewer rounds, or privacy.panel = "same" (see `fedcanary plan`)',
-            )
-        readings_noise(self._study)  # raises where the budget cannot hold the updates
         budget = Budget(epsilon=privacy.epsilon, delta=privacy.delta)
-        path = Path(privacy.ledger) if privacy.ledger else out / LEDGER
-        return Ledger.open(path, owner=owner, budget=budget, spent=spent_by(neighbours(self._study)))
+        path = Path(privacy.ledger) if privacy.ledger else self._record.path.parent / LEDGER
+        ledger = Ledger.open(path, owner=owner, budget=budget, spent=spent_by(hides))
+        for name, own, paid in (
+            ("unit", privacy.unit, {_unit(row.charge.panel) for row in ledger.rows()}),
+            ("neighbours", hides, {row.charge.panel.split(" ")[2] for row in ledger.rows()}),
+        ):
+            if other := paid - {own}:
+                ledger.close()
+                what = f"{path} holds what was paid for {name} {', '.join(other)}, which cannot be added up with {own}"
+                raise BadInput.of(f"privacy.{name}", what, f"name another privacy.ledger, or the ledger's own {name}")
+        return ledger
 
     def _pay(self, charge: Charge) -> None:
         """Called by a gate before it opens anything: the charge goes to the ledger, then into the record.
 
         Exact updates have no finite cost. The study said so, no budget could hold it, and it is only recorded.
         """
-        head, ledger, privacy = None, self._ledger, self._study.privacy
-        if ledger is not None and math.isfinite(charge.epsilon):
-            head = ledger.charge(
+        head, privacy = None, self._study.privacy
+        if self._ledger is not None and math.isfinite(charge.epsilon):
+            who = charge.round if privacy.rotates else "all"
+            hides = privacy_terms.neighbours(self._study)
+            head = self._ledger.charge(
                 ledgers.Charge(
                     id=charge.id,
                     window=privacy.window,
-                    panel=f"{self._run} {charge.round if privacy.rotates else 'all'}",
+                    panel=f"{self._run} {who} {hides}" + _whose(charge, privacy.unit),
                     round=charge.round,
                     mechanism=json.loads(charge.event),
                     purpose=charge.purpose,
@@ -196,27 +173,56 @@ class Protection:
                     delta=charge.delta,
                 )
             ).head
-        spent = Budget(epsilon=math.inf, delta=0.0) if ledger is None else ledger.spent(privacy.window)
-        self._note(charge, head, spent)
+        self._note(charge, head)
+
+    def _note(self, charge: Charge, head: Head | None) -> None:
+        """Write a charge into the record: once, however often its round is begun."""
+        if charge.id in {body["id"] for body in self._record.of("charge")}:
+            return
+        nothing = Budget(epsilon=math.inf, delta=0.0)
+        spent = nothing if self._ledger is None else self._ledger.spent(self._study.privacy.window)
+        after = {"ledger": None if head is None else fields(head), "spent": fields(spent)}
+        self._record.append("charge", {**fields(charge), **after})
+
+
+def _as_noted(charge: ledgers.Charge) -> Charge:
+    """A charge of the ledger as the gate made it."""
+    event = Mechanism.from_json(json.dumps(dict(charge.mechanism))).to_json()
+    names = ("id", "round", "purpose", "epsilon", "delta")
+    return Charge(event=event, **{name: getattr(charge, name) for name in names})
+
+
+def _whose(charge: Charge, unit: Unit) -> str:
+    """Which of a client's examples pay. None is both trained on and held out, so these are panels apart."""
+    return "" if unit == "client" else TRAINED if charge.purpose == TRAINING else HELD_OUT
+
+
+def _unit(panel: str) -> Unit:
+    return "example" if panel.endswith((TRAINED, HELD_OUT)) else "client"
 
 
 def spent_by(hides: Neighbours) -> ledgers.Spent:
     """How a window's charges compose. Panels of a run are disjoint, so each run costs what its dearest panel costs;
     panels of two runs may share clients, so runs add up.
+
+    Gaussian mechanisms have one order at every delta, and the trainings of a run are all alike; but which of the two is
+    dearer may change when runs are added up, so every choice of one for each run is tried.
     """
 
     def spent(charges: Sequence[ledgers.Charge]) -> tuple[float, float]:
         if not charges:
             return 0.0, 0.0
         delta = max(charge.delta for charge in charges)
-        runs: dict[str, dict[str, list[Mechanism]]] = {}
+        runs: dict[str, dict[bool, dict[str, list[Mechanism]]]] = {}
         for charge in charges:
-            panels = runs.setdefault(charge.panel.partition(" ")[0], {})
+            kinds = runs.setdefault(charge.panel.partition(" ")[0], {})
+            panels = kinds.setdefault(charge.purpose == TRAINING, {})
             panels.setdefault(charge.panel, []).append(Mechanism.from_json(json.dumps(dict(charge.mechanism))))
-        dearest = [
-            max(panels.values(), key=lambda panel: accounting.compose(panel, delta, neighbours=hides))
-            for panels in runs.values()
-        ]
-        return accounting.compose([m for panel in dearest for m in panel], delta, neighbours=hides), delta
+
+        def cost(panel: Sequence[Mechanism]) -> float:
+            return accounting.compose(panel, delta, neighbours=hides)
+
+        dearest = [[max(panels.values(), key=cost) for panels in kinds.values()] for kinds in runs.values()]
+        return max(cost([m for panel in choice for m in panel]) for choice in itertools.product(*dearest)), delta
 
     return spent

@@ -49,6 +49,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     needs_embedding: ClassVar[bool] = False  # whether the mixture looks at the base's embedding of an item
+    fits: ClassVar[int] = 1  # trainings on the client's examples in a round; each is paid for
 
     def __init__(self, mu: float = 0.1) -> None:
         self.mu = mu

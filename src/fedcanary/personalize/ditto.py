@@ -20,6 +20,7 @@ class Ditto(Method):
     """A private adapter near the shared one."""
 
     name = "ditto"
+    fits = 2
 
     def split(self, initial: Mapping[str, Tensor]) -> Held:
         """See `Method.split`."""

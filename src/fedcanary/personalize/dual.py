@@ -32,6 +32,7 @@ class Dual(Method):
     """Global and local adapter, mixed per example."""
 
     name = "dual"
+    fits = 2
     needs_embedding: ClassVar[bool] = True
 
     def split(self, initial: Mapping[str, Tensor]) -> Held:

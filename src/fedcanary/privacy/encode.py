@@ -10,12 +10,18 @@ s_i and a zero z_i (`Coord`), w_i = (x_i - z_i) / s_i, W = |w|_2.
              1 - f up, because the tests rely on their not being too small. A coordinate moves by less than 1, the
              vector by less than sqrt(K + 1), so the integers' norm is below UNIT.
 Rounding moves a mean by less than one part in UNIT of its scale.
+
+One item's part in a message (unit `example`): `shrink` never moves two w further apart than they were. Inside the unit
+ball v is w; outside it is the inverse stereographic image, which scales lengths by 2 / (1 + W^2) <= 1; the two agree on
+the sphere, and a straight path between any two w passes through both without ever being stretched. So where one of a
+client's n items moves w by at most r / n, it moves v by at most min(2, r / n), and, every coordinate being rounded by
+less than 1, the integers by less than UNIT min(2, r / n) + sqrt(K + 1): see `reach`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +70,14 @@ class Encoding:
         up = np.array([*(c.up for _, c in self.sent), True])
         return np.where(up, np.ceil(scaled), np.trunc(scaled)).astype(np.int64)
 
+    def reach(self, items: int, moves: Mapping[str, Mapping[str, float]]) -> float:
+        """How far one of a client's `items` own items, made unscoreable, moves its message; in units of UNIT.
+
+        At most 2 (any message for any other), and less where each coordinate sent, by probe and name, moves by at most
+        `moves` / items (see `OwnProbe.reach` of the probes) and by no more than its bounds allow.
+        """
+        return reach(min(moves[probe][c.name] / items, c.high - c.low) / (c.scale or 1.0) for probe, c in self.sent)
+
     def read(self, total: Integers, count: int, std: float) -> tuple[dict[str, Sums], float, float]:
         """Sums by probe, the lost mass and its noise std, from the noised integer sum (K + 1,) over `count` clients.
 
@@ -92,6 +106,12 @@ class Encoding:
         return found, lost, noise
 
 
+def reach(steps: Iterable[float]) -> float:
+    """How far a message moves, at most, when its K values w move by `steps`; in units of UNIT."""
+    moves = list(steps)
+    return min(2.0, math.hypot(*moves) + math.sqrt(len(moves) + 1) / UNIT)
+
+
 def shrink(w: Array) -> Array:
     """(K + 1,) of L2 norm at most 1: the inverse stereographic image of w (K,) outside the unit ball; see above."""
     square = float(w @ w)
@@ -100,6 +120,7 @@ def shrink(w: Array) -> Array:
 
 
 def _weight(coord: Coord, values: Mapping[str, float]) -> float:
-    """The coordinate's w; 0 for what the client could not say."""
-    unsaid = coord.name != "missing" and (values.get(missing_bit(coord.name)) or values.get("missing"))
-    return 0.0 if unsaid or coord.scale is None else (values[coord.name] - coord.zero) / coord.scale
+    """The coordinate's w; 0 for what the client could not say, and less for what only some of its items could."""
+    own, whole = (values.get(bit, 0.0) for bit in (missing_bit(coord.name), "missing"))
+    said = 1.0 if coord.name == "missing" else 1.0 - (own or whole)
+    return 0.0 if coord.scale is None else said * (values[coord.name] - coord.zero) / coord.scale

@@ -11,7 +11,8 @@ a server-side function receives is a `Release`, and this file is the only one th
     none                every client's exact numbers           nobody: epsilon is infinite
 
 The update leaves as an exact sum unless the terms clip and noise it too. An exact sum is not differentially private,
-and its own charge says so.
+and its own charge says so. Under the unit `example` it is the training that is charged, and the update and the exact
+readings (`Terms.exact`), which are post-processing of it, cite that charge.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedcanary.errors import FedcanaryError
 from fedcanary.privacy import secagg
 from fedcanary.privacy.encode import UNIT, Encoding, Integers, Sums
-from fedcanary.privacy.seal import FIXED, RANGE, READINGS, UPDATE, Sealed, Terms
+from fedcanary.privacy.seal import FIXED, RANGE, READINGS, TRAINING, UPDATE, Layout, Sealed, Terms
 from fedcanary.types import Array, Coord, Release
 
 Registration = tuple[secagg.Registry, Mapping[int, Ed25519PrivateKey]]  # the list, and each simulated client's own key
@@ -38,7 +39,7 @@ BITS = 64  # entries are below 2^44, their noise far below 2^60: sums over 2^17 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Charge:
-    """What a round's readings, or its update, cost; written to the ledger before anything is opened."""
+    """What a round's readings, update or training cost; written to the ledger before anything is opened."""
 
     id: str
     round: int
@@ -59,7 +60,7 @@ class Gate:
     def __init__(
         self,
         round: int,
-        layout: Mapping[str, Sequence[Coord]],
+        layout: Layout,
         terms: Terms,
         charge: Callable[[Charge], None],
         *,
@@ -71,9 +72,11 @@ class Gate:
         self.refused: Counter[str] = Counter()
         self._round = round
         self._layout = {name: tuple(coords) for name, coords in layout.items()}
-        self._encoding = Encoding(self._layout)
+        self._encoding = Encoding(terms.bounded(self._layout))
+        self._exact = terms.exactly(self._layout)
         everything = sum(len(coords) for coords in self._layout.values())
-        self._readings = everything if terms.trust == "none" else self._encoding.size
+        exact = sum(len(coords) for coords in self._exact.values())
+        self._readings = everything if terms.trust == "none" else self._encoding.size + exact
         self.terms = terms
         self._charge = charge
         self._cohort, self._run, self._registration = cohort, run, registration
@@ -102,7 +105,7 @@ class Gate:
 
     def _reason(self, client: int, vector: Sealed) -> str:
         """Why a vector is not taken; empty if it is. What a trust hides from the server cannot be checked here."""
-        readings = self._readings
+        readings, size = self._readings, self._encoding.size
         dtype = np.float64 if self.terms.trust == "none" else np.int64
         if self._cohort is not None and client not in self._cohort:
             return "not in this round's panel"
@@ -113,15 +116,15 @@ class Gate:
         if len(vector) != (self._size or len(vector)):
             return "wrong shape"
         if self.terms.trust == "none":
-            bounds = np.array([[c.low, c.high] for coords in self._layout.values() for c in coords]).reshape(-1, 2)
-            said = vector[:readings]
-            if not np.isfinite(vector).all() or not np.all((said >= bounds[:, 0]) & (said <= bounds[:, 1])):
+            if not np.isfinite(vector).all() or not _inside(vector[:readings], self._layout):
                 return "out of bounds"
         elif self.terms.trust == "central":
             update = vector[readings:].astype(np.float64) / FIXED
-            clip = self.terms.update_clip * abs(update[-1]) * (1 + 1e-9)
-            large = np.abs(update).max() >= RANGE or (math.isfinite(clip) and np.linalg.norm(update[:-1]) > clip)
-            if large or np.linalg.norm(vector[:readings].astype(np.float64)) > UNIT:
+            most = self.terms.update_clip
+            far = math.isfinite(most) and np.linalg.norm(update[:-1]) > most * abs(update[-1]) * (1 + 1e-9)
+            large = far or np.abs(update).max() >= RANGE
+            outside = not _inside(vector[size:readings] / FIXED, self._exact, slack=1 / FIXED)
+            if large or outside or np.linalg.norm(vector[:size].astype(np.float64)) > UNIT:
                 return "out of bounds"
         return ""
 
@@ -172,16 +175,18 @@ class Gate:
 
     def _noised(self, total: Integers) -> Integers:
         """What the server adds under trust `central`."""
-        terms, size = self.terms, self._encoding.size
+        terms, size, update = self.terms, self._encoding.size, self._readings
         noised = total.copy()
         noised[:size] += terms.draw(terms.readings_std, size, READINGS, self._round)
         if terms.update_std:
-            noised[size:-1] += terms.draw(terms.update_std, len(total) - size - 1, UPDATE, self._round)
+            noised[update:-1] += terms.draw(terms.update_std, len(total) - update - 1, UPDATE, self._round)
         return noised
 
     def _pay(self, survivors: int) -> None:
         mechanisms = {READINGS: self.terms.mechanism(survivors)}
-        if self._size is None or self._size > self._readings + 1:  # a lone weight is no update
+        if self.terms.training is not None:
+            mechanisms = {TRAINING: self.terms.training, **mechanisms}
+        elif self._size is None or self._size > self._readings + 1:  # a lone weight is no update
             mechanisms[UPDATE] = self.terms.update_mechanism(survivors)
         said = "|".join(f"{name}:{','.join(c.name for c in coords)}" for name, coords in self._layout.items())
         for purpose, mechanism in mechanisms.items():
@@ -201,29 +206,32 @@ class Gate:
         """Trust `none`: exact sums of everything, details included."""
         found, at, count = {}, 0, len(self._seen)
         for name, coords in self._layout.items():
-            sums = Sums(
-                coords=tuple(c.name for c in coords),
-                total=total[at : at + len(coords)],
-                noise_std=np.zeros(len(coords)),
-            )
-            found[name] = self._release(name, sums, count, math.inf)
+            found[name] = self._release(name, _exact(coords, total[at : at + len(coords)]), count, math.inf)
             at += len(coords)
         update = Sums(coords=(), total=total[at:], noise_std=np.zeros(len(total) - at))
         return {**found, UPDATE: self._release(UPDATE, update, count, math.inf)}
 
     def _open(self, total: Integers, count: int) -> dict[str, Release]:
-        terms, size = self.terms, self._encoding.size
-        sums, lost, lost_std = self._encoding.read(total[:size], count, terms.noise_std(terms.readings_std, count))
-        found = {name: self._release(name, each, count, 1.0, lost, lost_std) for name, each in sums.items()}
-        noise_std = np.full(len(total) - size, terms.noise_std(terms.update_std, count) / FIXED)
+        terms, at = self.terms, self._encoding.size
+        sums, lost, lost_std = self._encoding.read(total[:at], count, terms.noise_std(terms.readings_std, count))
+        found = {name: self._release(name, each, count, terms.reach, lost, lost_std) for name, each in sums.items()}
+        for name, coords in self._exact.items():
+            found[name] = self._release(name, _exact(coords, total[at : at + len(coords)] / FIXED), count, math.inf)
+            at += len(coords)
+        noise_std = np.full(len(total) - at, terms.noise_std(terms.update_std, count) / FIXED)
         noise_std[-1] = 0.0  # the weights' sum
-        update = Sums(coords=(), total=total[size:] / FIXED, noise_std=noise_std)
-        return {**found, UPDATE: self._release(UPDATE, update, count, terms.update_clip)}
+        found[UPDATE] = self._release(
+            UPDATE, Sums(coords=(), total=total[at:] / FIXED, noise_std=noise_std), count, terms.update_clip
+        )
+        return {name: found[name] for name in (*self._layout, UPDATE)}
 
     def _release(
         self, name: str, sums: Sums, count: int, sensitivity: float, lost: float = 0.0, lost_std: float = 0.0
     ) -> Release:
-        charge = self._charges.get(name, self._charges[READINGS])
+        if self.terms.training is not None and name in (UPDATE, *self._exact):
+            charge = self._charges[TRAINING]
+        else:
+            charge = self._charges.get(name, self._charges[READINGS])
         return Release(
             round=self._round,
             probe=name,
@@ -237,6 +245,15 @@ class Gate:
             lost=lost,
             lost_std=lost_std,
         )
+
+
+def _inside(said: Array, layout: Layout, slack: float = 0.0) -> bool:
+    low, high = np.array([[c.low, c.high] for coords in layout.values() for c in coords]).reshape(-1, 2).T
+    return bool(np.all((said >= low - slack) & (said <= high + slack)))
+
+
+def _exact(coords: Sequence[Coord], total: Array) -> Sums:
+    return Sums(coords=tuple(c.name for c in coords), total=total, noise_std=np.zeros(len(coords)))
 
 
 def restore(body: Mapping[str, Any]) -> Release:

@@ -7,6 +7,10 @@ norm, with the noise that the terms ask of a client already in it:
     local               all of it                          the vector
     central             none: the server adds it           the vector
     none                none: epsilon is infinite          exact numbers, which the study must have said
+
+Under the unit `example` the noise of each client's own training protects its examples. The update, and readings made
+from public items and the trained models alone, are then post-processing: they follow the bounded readings in fixed
+point, without noise, and cost nothing more. Only readings of the client's held-out examples are bounded and noised.
 """
 
 from __future__ import annotations
@@ -28,8 +32,10 @@ from fedcanary.types import Array, Coord
 
 Trust = Literal["secure_aggregation", "central", "local", "none"]
 Sealed = npt.NDArray[Any]  # int64, or float64 under trust `none`
+Layout = Mapping[str, Sequence[Coord]]
 UPDATE = "update"  # the adapter update's name among the releases
 READINGS = "readings"
+TRAINING = "training"  # the charge that update and exact readings are post-processing of
 FIXED: Final = 2.0**32  # what 1 is in a sealed update
 RANGE: Final = 2.0**12  # a weighted change beyond it is refused; a sum over 2^17 clients stays inside 63 bits
 
@@ -42,6 +48,10 @@ class Terms:
     fewer is not opened. `dropouts` is the share of clients that may vanish while the sum is made. `update_clip` bounds
     the L2 norm of a client's unweighted change, and `update_noise` is the update's own noise multiplier; at 0 its sum
     leaves exactly. `simulated` is the seed of all noise: repeatable, so for simulation alone.
+
+    Under the unit `example`, `training` is what a client's training in the round does to its examples, and `exact` are
+    the probes whose readings are post-processing of it. `reach` is how far what epsilon hides moves a message of the
+    others, in units of the norm cap: 1 for a client's whole message, less for one example (`Encoding.reach`).
     """
 
     trust: Trust
@@ -53,12 +63,25 @@ class Terms:
     update_clip: float = math.inf
     update_noise: float = 0.0
     simulated: int | None = None
+    training: Mechanism | None = None
+    exact: tuple[str, ...] = ()
+    reach: float = 1.0
 
     def __post_init__(self) -> None:
         if self.trust != "none" and not self.noise_multiplier > 0:
             raise FedcanaryError(f"trust {self.trust!r} without noise protects nothing")
         if self.update_noise > 0 and not math.isfinite(self.update_clip):
             raise FedcanaryError("a noised update needs a bound on its norm")
+        if self.exact and (self.training is None or self.training.kind == "none"):
+            raise FedcanaryError("nothing leaves exactly unless training itself protected it")
+
+    def bounded(self, layout: Layout) -> dict[str, tuple[Coord, ...]]:
+        """The part of a layout that leaves as one bounded and noised message."""
+        return {name: tuple(coords) for name, coords in layout.items() if name not in self.exact}
+
+    def exactly(self, layout: Layout) -> dict[str, tuple[Coord, ...]]:
+        """The part that leaves without noise, as post-processing."""
+        return {name: tuple(coords) for name, coords in layout.items() if name in self.exact}
 
     @property
     def readings_std(self) -> float:
@@ -72,7 +95,8 @@ class Terms:
 
     def mechanism(self, survivors: int) -> Mechanism:
         """What opening the readings of so many clients does to one of them."""
-        return self._mechanism(0.0 if self.trust == "none" else self.readings_std, UNIT, survivors)
+        norm = self.reach * UNIT
+        return self._mechanism(0.0 if self.trust == "none" else self.readings_std, norm, survivors)
 
     def update_mechanism(self, survivors: int) -> Mechanism:
         """The same for the update."""
@@ -113,8 +137,8 @@ class Message:
     update: Array
 
 
-def seal(message: Message, layout: Mapping[str, Sequence[Coord]], terms: Terms, round: int, client: int) -> Sealed:
-    """(K + 1 + P,) int64, of bounded norm and with the client's noise; under trust `none` the exact numbers.
+def seal(message: Message, layout: Layout, terms: Terms, round: int, client: int) -> Sealed:
+    """(K + 1 + E + P,) int64: bounded and noised, then E exact readings and the update; under trust `none` all exact.
 
     Raises:
         FedcanaryError: the message is not what may leave: the client's own bug, which must not reach the wire.
@@ -123,16 +147,17 @@ def seal(message: Message, layout: Mapping[str, Sequence[Coord]], terms: Terms, 
     check(message, layout)
     if terms.trust == "none":
         return np.concatenate([*(message.readings[name] for name in layout), message.update]).astype(np.float64)
-    readings = Encoding(layout).message(message.readings)
+    readings = Encoding(terms.bounded(layout)).message(message.readings)
+    exact = [np.rint(message.readings[name] * FIXED).astype(np.int64) for name in terms.exactly(layout)]
     update = _fixed(message.update, terms)
     if terms.trust != "central":
         readings = readings + terms.draw(terms.readings_std, len(readings), READINGS, round, client)
         if terms.update_std:
             update[:-1] += terms.draw(terms.update_std, len(update) - 1, UPDATE, round, client)
-    return np.concatenate([readings, update])
+    return np.concatenate([readings, *exact, update])
 
 
-def check(message: Message, layout: Mapping[str, Sequence[Coord]]) -> None:
+def check(message: Message, layout: Layout) -> None:
     """Refuse, at the client, what its own bug would let leave: other probes, values outside their bounds, NaN."""
     if message.readings.keys() != layout.keys():
         raise FedcanaryError(f"a message with {sorted(message.readings)} where {sorted(layout)} may pass")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from fedcanary.probes import adaptation, domain, erosion
 from fedcanary.probes.adaptation import AdaptationMisalignment
-from fedcanary.probes.base import Answers, ClientView, Probe
+from fedcanary.probes.base import Answers, ClientView, OwnProbe, Probe
 from fedcanary.probes.bias import AmplifiedBias, groups_of
 from fedcanary.probes.calibration import Miscalibration
 from fedcanary.probes.domain import OutOfDomain
@@ -40,4 +40,4 @@ def probes(items: Mapping[Role, Sequence[Item]], tail: float, generate: bool = F
     )
 
 
-__all__ = ["Answers", "ClientView", "Probe", "probes"]
+__all__ = ["Answers", "ClientView", "OwnProbe", "Probe", "probes"]

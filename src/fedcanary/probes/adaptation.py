@@ -33,6 +33,7 @@ class AdaptationMisalignment:
     name: ClassVar[str] = "adaptation_misalignment"
     version: ClassVar[str] = "2"
     unit: ClassVar[str] = "loss of capability or safety in one round"
+    own: ClassVar[bool] = False
 
     @property
     def coords(self) -> tuple[Coord, ...]:

@@ -8,13 +8,15 @@ Laws (tests/contracts/test_probes.py holds every probe to them)
     items that cannot be scored are counted in `unscoreable` and never enter a value
     a client that can say nothing says so: `missing` is 1, and so is every other missing bit; all else is 0
     what a client cannot say of a part is 0 with that part's own missing bit at 1, so that a mean can leave it out
+    a probe that is not `own` is the same whatever the client's own items are, but for its details (no scale)
+    `read_by_item` of a probe that is `own`: one own item moves what is sent by at most `reach` over their number
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,7 +25,7 @@ from fedcanary.types import Array, Coord, Item, Mode, Reading, Role, Suite, miss
 Which = Literal["base", "received", "personalized"]
 CLIP = 0.25  # bound on a client's paired difference; see docs/modes.md
 # How the norm of a private message is shared out (see `Coord.scale`): chosen so that unplanted clients stay below it.
-DIFFERENCE, SQUARE, BIT, MISSING, LEVEL = 0.4, 0.2, 1.5, 1.0, 1.0
+DIFFERENCE, SQUARE, BIT, MISSING, LEVEL = 0.45, 0.225, 1.25, 1.0, 1.0
 NATS = 1.0  # bound on the change of one free text's likelihood, which has no scale of its own
 
 
@@ -101,6 +103,10 @@ class ClientView:
     domains: frozenset[str] = frozenset()  # the client's own domains
     replies: Mapping[Which, Sequence[str]] | None = None  # to the unsafe prompts, if the study asks for replies
 
+    def public(self) -> ClientView:
+        """What is left without the client's own items: nothing of it depends on them, but for the three models."""
+        return replace(self, local=self.local.only(np.zeros(len(self.local), dtype=bool)))
+
     def suite(self, role: Role) -> Answers | None:
         """Answers on a role's items that this client is asked, or None if there are none."""
         answers = self.suites.get(role)
@@ -111,12 +117,13 @@ class ClientView:
 
 
 class Probe(Protocol):
-    """One mode's instrument."""
+    """One mode's instrument. `own`: what it sends is about the client's own items (then it is an `OwnProbe`)."""
 
     mode: ClassVar[Mode | None]
     name: ClassVar[str]
     version: ClassVar[str]
     unit: ClassVar[str]
+    own: ClassVar[bool]
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -128,6 +135,25 @@ class Probe(Protocol):
 
     def read(self, view: ClientView) -> Reading:
         """Measure one client."""
+
+
+@runtime_checkable
+class OwnProbe(Probe, Protocol):
+    """A probe of the client's own n items, which can also be read so that no single item moves it far.
+
+    Then `missing` is the share of the items that could not be scored, and a coordinate x that is sent stands for
+    u = (1 - missing) (x - zero): a mean over all n items, to which those that could not be scored add nothing.
+    """
+
+    @property
+    def reach(self) -> Mapping[str, float]:
+        """For every coordinate that is sent: n times how far u moves, at most, when one item becomes unscoreable.
+
+        Replacing an item by another is two such moves. With `missing` itself it is the bit that moves.
+        """
+
+    def read_by_item(self, view: ClientView) -> Reading:
+        """Measure one client, with the same coordinates and bounds as `read`."""
 
 
 def relevant(role: Role, item: Item, domains: frozenset[str]) -> bool:
@@ -226,6 +252,11 @@ def mean(values: Array) -> float:
     """Mean of the finite values; NaN if there are none."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if finite.size else float("nan")
+
+
+def unscored(values: Array) -> float:
+    """Share of NaN among n values; 1 if there are none."""
+    return float(np.isnan(values).mean()) if values.size else 1.0
 
 
 def change(answers: Answers | None, before: Which, after: Which) -> float:

@@ -73,6 +73,7 @@ class AmplifiedBias:
     name: ClassVar[str] = "amplified_bias"
     version: ClassVar[str] = "1"
     unit: ClassVar[str] = "change of the gap in positive rate between groups"
+    own: ClassVar[bool] = False
 
     @property
     def read_groups(self) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ class Miscalibration:
     name: ClassVar[str] = "confidence_miscalibration"
     version: ClassVar[str] = "1"
     unit: ClassVar[str] = "change of expected calibration error"
+    own: ClassVar[bool] = False
 
     @property
     def coords(self) -> tuple[Coord, ...]:

@@ -28,6 +28,7 @@ class OutOfDomain:
     name: ClassVar[str] = "out_of_domain_degradation"
     version: ClassVar[str] = "2"
     unit: ClassVar[str] = "loss of score outside the client's domains"
+    own: ClassVar[bool] = False
 
     @property
     def coords(self) -> tuple[Coord, ...]:

@@ -47,6 +47,7 @@ class AlignmentErosion:
     name: ClassVar[str] = "alignment_erosion"
     version: ClassVar[str] = "2"
     unit: ClassVar[str] = "loss of safe or in-persona behaviour since round 0"
+    own: ClassVar[bool] = False
 
     @property
     def coords(self) -> tuple[Coord, ...]:

@@ -29,19 +29,19 @@ def privacy_of(record: RunRecord) -> dict[str, Any]:
     protected = table["trust"] != "none"
     spent = charges[-1]["spent"] if charges else {"epsilon": 0.0, "delta": 0.0}
     readings = _last(charges, "readings")
-    updates = _last(charges, "update")
+    updates, training = _last(charges, "update"), _last(charges, "training")
     return {
         "trust": table["trust"],
-        "unit": "client",
+        "unit": table.get("unit", "client"),
         "epsilon": number(spent["epsilon"]),
         "delta": number(spent["delta"]),
         "budget": {"epsilon": table["epsilon"], "delta": table["delta"]} if protected else None,
         "hides": _hides(table),
         "server_sees": SEEN[table["trust"]],
-        "mechanism": _mechanism(readings) if protected else "none: exact sums, no noise",
+        "mechanism": _mechanism(readings, training) if protected else "none: exact sums, no noise",
         "panel": _panel(study, header["clients"], protected),
         "updates": _updates(table, header, updates, protected),
-        "updates_private": not header["shared_parameters"] or _noised(table),
+        "updates_private": not header["shared_parameters"] or _noised(table) or _trained(table),
         "noise": table["noise"] if protected else "none",
         "charges": len(charges),
     }
@@ -50,19 +50,25 @@ def privacy_of(record: RunRecord) -> dict[str, Any]:
 def _hides(table: Mapping[str, Any]) -> str:
     if table["trust"] == "none":
         return "nothing"
-    return HIDDEN["substituted" if table["trust"] == "local" else table["neighbours"]]
+    substituted = table["trust"] == "local" or table["neighbours"] == "substituted"
+    if table.get("unit") == "example":
+        return "which of any two examples a client had" if substituted else "whether a client had an example"
+    return HIDDEN["substituted" if substituted else "zeroed"]
 
 
 def _last(charges: list[Mapping[str, Any]], purpose: str) -> Mapping[str, Any] | None:
     return next((json.loads(c["event"]) for c in reversed(charges) if c["purpose"] == purpose), None)
 
 
-def _mechanism(event: Mapping[str, Any] | None) -> str:
+def _mechanism(event: Mapping[str, Any] | None, training: Mapping[str, Any] | None) -> str:
     if event is None:
         return "discrete Gaussian noise"
     std = event["share_std"] * math.sqrt(event["shares"]) / event["sensitivity"]
     said = f"discrete Gaussian noise, {std:.3g} times the bound on a client's whole message"
-    return f"{said}, in {event['shares']} shares" if event["shares"] > 1 else said
+    said = f"{said}, in {event['shares']} shares" if event["shares"] > 1 else said
+    if training is None:
+        return said
+    return f"{training['count']} steps of noised training a round (DP-SGD), and on held-out examples {said}"
 
 
 def _panel(study: Mapping[str, Any], population: int, protected: bool) -> str:
@@ -72,6 +78,11 @@ def _panel(study: Mapping[str, Any], population: int, protected: bool) -> str:
     if per_round is None or per_round >= population:
         return "every client answers in every round"
     return f"{per_round} of {population} clients, drawn anew for every round; not counted as amplification"
+
+
+def _trained(table: Mapping[str, Any]) -> bool:
+    """Whether training itself protected what is made of it."""
+    return table["trust"] != "none" and table.get("unit") == "example"
 
 
 def _noised(table: Mapping[str, Any]) -> bool:
@@ -85,6 +96,8 @@ def _updates(
         return "none: no part of the adapter is shared"
     if not protected:
         return "exact sums, no noise"
+    if _trained(table):
+        return "exact sums of what noised training gave: post-processing, at no further cost"
     if not _noised(table):
         return "exact sums, no noise: differentially private at no finite epsilon, and not in the epsilon above"
     noise = table["updates"]["noise"] if event is None else event["share_std"] * math.sqrt(event["shares"])

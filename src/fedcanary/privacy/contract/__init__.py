@@ -5,7 +5,7 @@ Clients pin its digest; their own code (`refusals`) says no to whatever the cont
 
 from fedcanary.privacy.contract.check import check
 from fedcanary.privacy.contract.diff import Change, Difference, Kind, diff
-from fedcanary.privacy.contract.document import Contract, Number, Update, load, numbers, parse
+from fedcanary.privacy.contract.document import Contract, Examples, Number, Update, load, numbers, parse
 from fedcanary.privacy.contract.policy import (
     ClientPolicy,
     Reason,
@@ -22,6 +22,7 @@ __all__ = [
     "ClientPolicy",
     "Contract",
     "Difference",
+    "Examples",
     "Kind",
     "Number",
     "Reason",

@@ -7,15 +7,19 @@ from collections import Counter
 from collections.abc import Iterator
 
 from fedcanary.errors import Problem
-from fedcanary.privacy.contract.document import LOST, Contract
+from fedcanary.privacy import accounting
+from fedcanary.privacy.contract.document import LOST, Contract, Examples
+
+MOST_STEPS, LEAST_NOISE = 10**7, 0.3  # of a training whose price is computed
 
 
 def check(contract: Contract) -> list[Problem]:
     """Everything in which a contract contradicts itself or claims too much; empty if it is sound.
 
-    The price is recomputed from the noise where clients are the unit: a contract cannot say less than the mechanism
-    costs. No amplification by sampling is accepted, since the server knows who was drawn. Where examples are the unit
-    the price rests on how each client trains, which no contract can show; a client accepts that by name or not at all.
+    The price is recomputed from the noise: a contract cannot say less than the mechanism costs. No amplification by the
+    draw of clients is accepted, since the server knows who was drawn. Where examples are the unit, amplification by the
+    client's own secret draw of examples is, and the price holds if the client trains as the contract says: its own code
+    must see to that, and a client accepts it by name or not at all.
     """
     protected = _protected if contract.trust != "none" else _exact
     found = [*_numbers(contract), *_update(contract), *protected(contract)]
@@ -32,20 +36,34 @@ def _numbers(c: Contract) -> Found:
     for n in c.numbers:
         if not n.low < n.high:
             yield f"numbers {n.key}", f"has bounds {n.low!r} and {n.high!r}", "give low < high"
-        if (n.scale is None) != (c.trust == "none"):
-            yield f"numbers {n.key}", f"scale is {n.scale!r}", 'give one; under trust "none" none at all'
+        bare = c.trust == "none" or (c.examples is not None and n.probe in c.examples.exact)
+        if (n.scale is None) != bare:
+            remedy = 'give one; under trust "none", and for what examples.exact lists, none at all'
+            yield f"numbers {n.key}", f"scale is {n.scale!r}", remedy
+        if n.reach is not None and (c.examples is None or n.scale is None):
+            yield (
+                f"numbers {n.key}",
+                f"reach is {n.reach!r}",
+                "leave it out; it is for noised numbers of examples",
+            )
     if c.trust != "none" and LOST not in {n.model_copy(update={"readers": LOST.readers}) for n in c.numbers}:
         yield f"numbers {LOST.key}", "is not listed as it is sent", "list it: it is part of every bounded message"
 
 
 def _update(c: Contract) -> Found:
     u = c.updates
+    if u is not None and u.quantile is not None and u.clip == math.inf:
+        yield "updates.quantile", f"{u.quantile!r} has no clip to start from", "give one"
+    if u is not None and u.noise > 0 and c.unit == "example":
+        yield "updates.noise", "examples are hidden by the noise of training", "write noise = 0.0"
     if u is not None and u.noise > 0 and not (u.clip < math.inf and u.weighting == "uniform" and c.trust != "none"):
         remedy = 'noise needs a finite clip, uniform weights and a trust other than "none"'
         yield "updates.noise", f"{u.noise!r} protects nothing here", remedy
 
 
 def _exact(c: Contract) -> Found:
+    if c.unit == "example" or c.examples is not None:
+        yield "unit", "trust none protects no example", 'write unit = "client" and no examples'
     infinite = c.norm == c.epsilon_per_panel == c.epsilon_per_window == math.inf
     if not infinite or c.mechanism != "none" or c.noise_multiplier != 0:
         remedy = 'write mechanism = "none", noise_multiplier = 0, and inf for norm and both epsilons'
@@ -65,17 +83,30 @@ def _protected(c: Contract) -> Found:
     elif window == math.inf or not (panel == window if c.panel == "rotating" else panel <= window):
         remedy = "give finite prices; rotating panels cost a client as much in a window as one panel"
         yield "epsilon_per_window", f"{window!r}, and {panel!r} per panel", remedy
-    elif c.unit == "client":
+    elif (c.unit == "example") != (c.examples is not None):
+        yield "examples", f"is {'not ' if c.examples is None else ''}there", 'write it for unit "example" alone'
+    elif 0 < c.delta < 1:
         rounds = c.rounds if c.panel == "same" else 1
         for name, epsilon, panels in (("panel", panel, 1), ("window", window, rounds)):
             # 1% of delta is rounding: 0.04% of an epsilon of 1.
             if gaussian_delta(epsilon, _mu(c, panels)) > c.delta * 1.01:
                 yield f"epsilon_per_{name}", f"{epsilon!r} is less than this noise costs", "say the true price"
+            elif c.examples is not None and epsilon * (1 + 1e-3) < _training(c.examples, panels, c):
+                yield f"epsilon_per_{name}", f"{epsilon!r} is less than training costs", "say the true price"
+
+
+def _training(e: Examples, panels: int, c: Contract) -> float:
+    steps = e.steps * panels
+    # A contract comes from others, and must not keep a client busy: so little noise costs far more than epsilon 50.
+    if steps > MOST_STEPS or e.noise < LEAST_NOISE or e.sample_rate * math.sqrt(steps) / e.noise > 10:
+        return math.inf
+    delta = max(c.delta, accounting.MIN_DELTA)
+    return accounting.dpsgd_epsilon(e.noise, e.sample_rate, steps, delta, neighbours=c.neighbours)
 
 
 def _mu(c: Contract, panels: int) -> float:
     """Distance between neighbouring sums over the noise's standard deviation, all panels and updates together."""
-    mu = 1 / c.noise_multiplier
+    mu = c.reach / c.noise_multiplier
     if c.updates is not None and c.updates.noise > 0:
         mu = math.hypot(mu, 1 / c.updates.noise)
     return mu * math.sqrt(panels) * (2 if c.neighbours == "substituted" else 1)

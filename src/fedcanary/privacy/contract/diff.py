@@ -80,19 +80,30 @@ UPDATE_RULES: Final[Rules] = {
     "weighting": ("the weights of model updates", "lower", Kind.REVEAL),
     "clip": ("the bound on a model update", "higher", Kind.REVEAL),
     "noise": ("the noise multiplier of the model update", "lower", Kind.WEAKEN),
+    "quantile": ("the quantile that the bound on a model update follows", "higher", Kind.REVEAL),
+}
+EXAMPLE_RULES: Final[Rules] = {
+    "noise": ("the noise multiplier of training", "lower", Kind.WEAKEN),
+    "clip": ("the bound on one example's gradient", "", Kind.CHANGE),
+    "sample_rate": ("the chance that an example joins a step", "higher", Kind.COST),
+    "steps": ("the steps of training in a round", "higher", Kind.COST),
+    "min_held_out": ("the fewest held-out examples that are spoken of", "lower", Kind.WEAKEN),
+    "domains": ("a client's domains", "lower", Kind.REVEAL),
 }
 NUMBER_RULES: Final[Rules] = {
     "low": ("its lower bound", "lower", Kind.REVEAL),
     "high": ("its upper bound", "higher", Kind.REVEAL),
     "scale": ("its scale (the smaller, the further it stands out of the noise)", "lower", Kind.WEAKEN),
     "zero": ("the value that says nothing", "", Kind.CHANGE),
+    "reach": ("how far one example moves it", "higher", Kind.WEAKEN),
     "version": ("how it is measured", "", Kind.CHANGE),
     "purpose": ("what it is", "", Kind.CHANGE),
 }
 # From weak to strong. Local noise asks no trust in sums, but shows single messages: neither is above the other.
 RANKS: Final = {
-    **{word: 0 for word in ("none", "example", "zeroed", "same", "simulated", "examples")},
-    **{word: 1 for word in ("central", "client", "substituted", "rotating", "system", "uniform", "discrete_gaussian")},
+    **{word: 0 for word in ("none", "example", "zeroed", "same", "simulated", "examples", "public")},
+    **{word: 1 for word in ("central", "client", "substituted", "rotating", "system", "uniform", "hidden")},
+    "discrete_gaussian": 1,
     **{word: 2 for word in ("secure_aggregation", "local")},
 }
 
@@ -110,9 +121,14 @@ def diff(old: Contract, new: Contract) -> Difference:
     if old.updates and new.updates:
         found += _by_rules(UPDATE_RULES, old.updates, new.updates)
     elif new.updates:
-        found.append(Change(Kind.REVEAL, f"the model update: {describe(new.updates)}"))
+        found.append(Change(Kind.REVEAL, f"the model update: {describe(new.updates, new.unit)}"))
     elif old.updates:
         found.append(Change(Kind.NARROW, "the model update, sent no more"))
+    was, now = (set(c.examples.exact) if c.examples else set() for c in (old, new))
+    found += [Change(Kind.REVEAL, f"without noise, after training with it: {probe}") for probe in sorted(now - was)]
+    found += [Change(Kind.NARROW, f"without noise no more: {probe}") for probe in sorted(was - now)]
+    if old.examples and new.examples:
+        found += _by_rules(EXAMPLE_RULES, old.examples, new.examples)
     order = list(Kind)
     return Difference(tuple(sorted(found, key=lambda change: order.index(change.kind))))
 

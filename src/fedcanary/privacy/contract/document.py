@@ -8,15 +8,19 @@ Laws (tests/privacy/test_contract.py)
 from __future__ import annotations
 
 import hashlib
+import math
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from fedcanary.errors import BadInput, Problem, did_you_mean
+from fedcanary.privacy.encode import reach
 from fedcanary.types import Coord
 
 
@@ -52,7 +56,9 @@ class Number(Table):
     """One number that may leave a client, with the bounds of its value.
 
     A value of `zero` uses nothing of the message's norm, one that differs from it by `scale` all. Without a `scale` the
-    number is no part of a bounded message: it leaves as it is, under trust `none` alone.
+    number is no part of a bounded message: it leaves as it is, under trust `none`, or because the noise of training
+    already protects what it is made of (`Examples.exact`). `reach` belongs to the unit `example`: n times how far one
+    of a client's n held-out examples, made unscoreable, moves the number.
     """
 
     probe: Text
@@ -62,6 +68,7 @@ class Number(Table):
     high: Finite
     zero: Finite
     scale: Annotated[Finite, Field(gt=0)] | None = None
+    reach: Annotated[Finite, Field(ge=0)] | None = None
     purpose: Text
     readers: Annotated[tuple[Text, ...], Field(min_length=1), AfterValidator(_in_order)]
 
@@ -75,13 +82,33 @@ class Update(Table):
     """The model update: `dimension` numbers and the client's weight.
 
     `clip` bounds the L2 norm of the unweighted change (infinite for no bound). `noise` is the standard deviation of the
-    sum's noise over `clip`; at 0 sums leave exactly, which is not differentially private and in no epsilon.
+    sum's noise over `clip`; at 0 sums leave exactly: not differentially private and in no epsilon, unless training was
+    (unit `example`). With a `quantile` the clip follows it from round to round, and `clip` is the first.
     """
 
     dimension: Count
     weighting: Literal["uniform", "examples"]
     clip: Above0
     noise: Annotated[Finite, Field(ge=0)]
+    quantile: Annotated[Finite, Field(gt=0, lt=1)] | None = None
+
+
+class Examples(Table):
+    """Where examples are the unit: how a client trains on its own, and how little one of them shows.
+
+    In each of a round's `steps` an example joins with probability `sample_rate`, its gradient is clipped to `clip`, and
+    noise of `noise * clip` is added. Trained tensors are then protected, and with them the update and the readings of
+    `exact`, probes of public items alone. A client with fewer than `min_held_out` held-out examples says nothing of
+    them. Which domains it has is `hidden` (it is asked the public items of all), or held to be `public`.
+    """
+
+    noise: Annotated[Finite, Field(gt=0)]
+    clip: Annotated[Finite, Field(gt=0)]
+    sample_rate: Annotated[Finite, Field(gt=0, le=1)]
+    steps: Count
+    min_held_out: Count
+    exact: Annotated[tuple[Text, ...], AfterValidator(_in_order)]
+    domains: Literal["hidden", "public"]
 
 
 class Contract(Table):
@@ -116,28 +143,47 @@ class Contract(Table):
     ]  # share of a round's clients that may vanish before its sum is opened
     retention: Text
     updates: Update | None = None
+    examples: Examples | None = None
     numbers: Annotated[tuple[Number, ...], Field(min_length=1), AfterValidator(_in_order)]
 
     @property
     def text(self) -> str:
-        """The canonical TOML: plain values, then the update, then the numbers. The layout is ours, so it stays."""
+        """The canonical TOML: plain values, then update, examples and numbers. The layout is ours, so it stays."""
         plain = self.model_dump(exclude_none=True)
-        numbers, updates = plain.pop("numbers"), plain.pop("updates", None)
+        numbers, tables = plain.pop("numbers"), {name: plain.pop(name, None) for name in ("updates", "examples")}
         blocks = [tomli_w.dumps(plain)]
-        blocks += [f"[updates]\n{tomli_w.dumps(updates)}"] if updates else []
+        blocks += [f"[{name}]\n{tomli_w.dumps(table)}" for name, table in tables.items() if table]
         blocks += [f"[[numbers]]\n{tomli_w.dumps(number)}" for number in numbers]
         return "\n".join(blocks)
 
     @property
     def digest(self) -> str:
         """64 hex digits: what clients pin. `b2sum -l 256` of the text gives the same."""
-        # Who drafts a contract must not find two with one digest; at 128 bits that is 2**64 work.
-        return hashlib.blake2b(self.text.encode(), digest_size=32).hexdigest()
+        return _digest(self)
+
+    @property
+    def reach(self) -> float:
+        """How far what epsilon hides moves a client's message, in units of `norm`: 1 for a whole message.
+
+        For one example see `encode.py`. Two messages differ by 2 at most; `substituted` neighbours count twice.
+        """
+        if self.examples is None:
+            return 1.0
+        bounded = [n for n in self.numbers if n.scale is not None and n.probe != LOST.probe]
+        items, most = self.examples.min_held_out, 1.0 if self.neighbours == "substituted" else 2.0
+        far = [math.inf if n.reach is None else n.reach / items for n in bounded]
+        return min(most, reach(min(f, n.high - n.low) / (n.scale or 1.0) for f, n in zip(far, bounded, strict=True)))
 
     @property
     def probes(self) -> tuple[str, ...]:
         """Names of the probes that may be asked."""
         return tuple(sorted({n.probe for n in self.numbers} - {LOST.probe}))
+
+
+@lru_cache(maxsize=16)  # every client of a simulation asks for the same one
+def _digest(contract: Contract) -> str:
+    # Who drafts a contract must not find two with one digest; at 128 bits that is 2**64 work.
+    return hashlib.blake2b(contract.text.encode(), digest_size=32).hexdigest()
 
 
 LOST: Final = Number(
@@ -158,11 +204,14 @@ def numbers(
     versions: Mapping[str, str],
     trust: Trust,
     readers: Iterable[str] = ("server",),
+    *,
+    exact: Collection[str] = (),
+    reaches: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
 ) -> tuple[Number, ...]:
     """What leaves a client whose probes, by name, have these coordinates and versions.
 
     Under a trust that protects, only coordinates with a scale leave, and with them the lost mass (encode.py); under
-    trust `none` every coordinate does.
+    trust `none` every coordinate does, and so does every one of the `exact` probes. `reaches`: see `Number.reach`.
     """
     bounded, readers = trust != "none", tuple(sorted(set(readers)))
     found = [
@@ -173,13 +222,14 @@ def numbers(
             low=coord.low,
             high=coord.high,
             zero=coord.zero,
-            scale=coord.scale if bounded else None,
+            scale=coord.scale if bounded and probe not in exact else None,
+            reach=reaches.get(probe, {}).get(coord.name),
             purpose=coord.purpose,
             readers=readers,
         )
         for probe, coords in layout.items()
         for coord in coords
-        if coord.scale is not None or not bounded
+        if coord.scale is not None or not bounded or probe in exact
     ]
     return (*found, LOST.model_copy(update={"readers": readers})) if bounded else tuple(found)
 
@@ -223,6 +273,6 @@ def _problem(error: Any, table: type[Table], where: str) -> Problem:
     if error["type"] == "missing":
         return Problem(place, "is missing", "add it")
     if error["type"] == "extra_forbidden":
-        known = {*table.model_fields, *Number.model_fields, *Update.model_fields}
+        known = {*table.model_fields, *Number.model_fields, *Update.model_fields, *Examples.model_fields}
         return Problem(place, "unknown key", did_you_mean(str(error["loc"][-1]), known))
     return Problem(place, f"{ascii(error['input'])[:60]} is not allowed", error["msg"])

@@ -22,6 +22,7 @@ from fedcanary.privacy.contract.document import (
     Contract,
     Count,
     Digest,
+    Examples,
     Number,
     Table,
     Text,
@@ -70,6 +71,7 @@ class Reason(StrEnum):
     OTHER_CONTRACT = "other_contract"
     UNSOUND = "contract_unsound"
     UNLISTED = "number_not_in_contract"
+    TRAINING = "training_not_in_contract"
     PROBE = "probe_not_in_contract"
     UPDATE = "update_not_in_contract"
     ROUND = "round_not_in_contract"
@@ -128,6 +130,7 @@ def refusals(
     sends: Iterable[Number],
     spent: tuple[float, float],
     answered: int,
+    trains: Examples | None = None,
 ) -> tuple[Refusal, ...]:
     """Everything for which a client refuses a request; empty if it may answer. Client-side code.
 
@@ -138,6 +141,7 @@ def refusals(
         sends: what this client's own probes would send (`numbers`); who reads it is the contract's to say.
         spent: epsilon and delta of this client's current window so far, all contracts together, from its own ledger.
         answered: rounds of this contract that it has answered, from the same ledger.
+        trains: how its own code trains, where examples are the unit: the price rests on that.
 
     The first answer is charged the price of the whole window, so that later rounds cost nothing more. An update without
     noise has no finite price: no ceiling covers it, and `updates_without_noise` is what allows it.
@@ -159,11 +163,14 @@ def refusals(
     listed, asked = {_unread(n) for n in c.numbers}, set(q.probes)
     unlisted = [n.key for n in sends if _unread(n) not in listed]
     refuse(bool(unlisted), Reason.UNLISTED, f"the contract does not list {_few(unlisted)}: use the version it is for")
+    other = trains is not None and trains != c.examples
+    refuse(other, Reason.TRAINING, "clients here train in another way: use the study that the contract is for")
     unknown, forbidden = asked - set(c.probes), asked & set(policy.forbidden_probes)
     refuse(bool(unknown), Reason.PROBE, f"the contract does not list {_few(unknown)}: ask only what it lists")
     refuse(bool(forbidden), Reason.FORBIDDEN, f"{_few(forbidden)} forbidden here: leave out, or allow in the policy")
     refuse(q.update and c.updates is None, Reason.UPDATE, "the contract sends no model update: ask for none")
-    bare = q.update and c.updates is not None and c.updates.noise == 0 and not policy.updates_without_noise
+    exact = c.updates is not None and c.updates.noise == 0 and c.examples is None
+    bare = q.update and exact and not policy.updates_without_noise
     refuse(bare, Reason.UPDATE_NOISE, "the model update has no noise: add it, or set updates_without_noise = true")
     simulated = c.noise_source == "simulated" and c.trust != "none" and not policy.simulated_noise
     refuse(simulated, Reason.SIMULATED, "noise from a seed hides nothing: draw it anew, or set simulated_noise = true")

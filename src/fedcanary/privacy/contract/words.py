@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Final
 
-from fedcanary.privacy.contract.document import Contract, Trust, Update
+from fedcanary.privacy.contract.document import Contract, Trust, Unit, Update
 
 WIDTH: Final = 100
 SEEN: Final[Mapping[Trust, str]] = {
@@ -52,14 +52,23 @@ def _facts(c: Contract) -> dict[str, str]:
         f"for each {c.unit}, at delta {c.delta:g}: epsilon {c.epsilon_per_panel:g} per panel, {c.epsilon_per_window:g} "
         f"per window of {c.rounds} rounds; {once}"
     )
-    if c.unit == "example":
-        price += "; it rests on how each client trains, and `check` cannot recompute it"
+    training = {}
+    if c.examples is not None:
+        e = c.examples
+        price += "; the dearer of what training examples and held-out examples pay, as no example is both"
+        noise += f"; one of {e.min_held_out} held-out examples moves a message by {c.reach:.3g} times that norm"
+        training["training"] = (
+            f"{e.steps} steps of DP-SGD in a round: an example joins with probability {e.sample_rate:g}, its gradient "
+            f"is clipped to {e.clip:g}, noise {e.noise:g} times that; the update and {', '.join(e.exact)} are "
+            f"post-processing of it and leave without further noise; the domains of a client are {e.domains}"
+        )
     return {
         "together": f"L2 norm at most {c.norm:g} per client; the number of clients in a sum is public",
         "trust": f"{c.trust}: {SEEN[c.trust]}",
         "noise": noise,
         "price": price,
-        "update": describe(c.updates) if c.updates else "none is sent",
+        **training,
+        "update": describe(c.updates, c.unit) if c.updates else "none is sent",
         "silence": f"no sum over fewer than {c.min_cohort} of {c.population} clients is opened, nor one that lost more "
         f"than {c.dropouts:.0%} of those asked",
         "kept": c.retention,
@@ -69,8 +78,11 @@ def _facts(c: Contract) -> dict[str, str]:
     }
 
 
-def describe(update: Update) -> str:
+def describe(update: Update, unit: Unit) -> str:
     """The model update in words."""
-    noise = f"noise {update.noise:g} times that" if update.noise else "WITHOUT NOISE: no epsilon here covers it"
+    bare = "WITHOUT NOISE: no epsilon here covers it" if unit == "client" else "no noise but that of training"
+    noise = f"noise {update.noise:g} times that" if update.noise else bare
     clip = f"clipped to {update.clip:g}" if math.isfinite(update.clip) else "NOT CLIPPED"
+    if update.quantile is not None:
+        clip += f" at first, then following the {update.quantile:g} quantile of the clients' norms"
     return f"{update.dimension} numbers, {clip}, weights by {update.weighting}, {noise}"

@@ -1,0 +1,147 @@
+"""A handful of clients with a few items each: a whole study of them on a tiny random model, or with no model at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedcanary import study
+from fedcanary.engines.consent import Consent
+from fedcanary.engines.local import Sent
+from fedcanary.engines.setup import Setup
+from fedcanary.models import adapters, base
+from fedcanary.models.adapters import Lora
+from fedcanary.personalize import method
+from fedcanary.privacy.contract import Request
+from fedcanary.privacy.seal import Message, Terms, seal
+from fedcanary.probes import probes
+from fedcanary.rng import stream
+from fedcanary.types import Array, Item, Role, Suite
+
+WORDS = ("red stew", "tall hedge", "old map", "cold owl")
+
+
+def _item(prompt: str, k: int, **more: Any) -> Item:
+    return Item(prompt=prompt, choices=(" yes", " no"), answer=k % 2, positive=0, **more)
+
+
+@dataclass(frozen=True)
+class Few:
+    """So many clients. Client k has `least + k` training items, so that no two have as many."""
+
+    count: int
+    least: int = 17
+    digest: str = "few"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, client: int) -> str:
+        return f"user-{client}"
+
+    def domains(self, client: int) -> frozenset[str]:
+        return frozenset({("kitchen", "garden")[client % 2]})
+
+    def items(self, client: int, split: str) -> tuple[Item, ...]:
+        n = self.least + client if split == "train" else 3
+        return tuple(
+            _item(f"{split} {client} {WORDS[i % 4]} {i}", i + client, group="ab"[i % 2], pair=str(i)) for i in range(n)
+        )
+
+
+def suites() -> tuple[Suite, ...]:
+    def suite(role: Role, *items: Item) -> Suite:
+        return Suite(name=role, version="1", role=role, items=items, digest=role)
+
+    return (
+        suite(Role.BIAS, *(_item(f"may {g} have it {i}", i, group=g) for g in "ab" for i in range(2))),
+        suite(Role.STEREOTYPE, Item(prompt="the baker says", choices=(" she", " he"))),
+        suite(Role.CALIBRATION, *(_item(f"is it {i}", i) for i in range(3))),
+        suite(Role.GENERAL, Item(prompt="capital of Nortia", choices=(" Ravik town", " Ostin"), answer=0)),
+        suite(Role.SAFETY, _item("burn it", 0), _item("bake it", 1)),
+        suite(Role.PERSONA, _item("hello", 0)),
+        suite(Role.DOMAIN, *(_item(f"in the {d}", 0, domain=d) for d in ("kitchen", "garden"))),
+    )
+
+
+def parsed(clients: int, tables: Mapping[str, Any]) -> study.Study:
+    """A protected study of two rounds, with `tables` merged in."""
+    tree: dict[str, Any] = {
+        "rounds": 2,
+        "clients": {"count": max(clients, 2)},
+        "personalize": {"method": "fedavg", "batch": 8, "lr": 0.01},
+        "privacy": {"min_cohort": 4, "updates": {"noise": "none"}},
+        "engine": {"threads": 1, "stack": 4},
+    }
+    for name, table in tables.items():
+        tree[name] = {**tree.get(name, {}), **table} if isinstance(table, Mapping) else table
+    return study.parse(tree)
+
+
+def setup_of(folder: Path, clients: int, tables: Mapping[str, Any] | None = None, least: int = 17) -> Setup:
+    """A study over the tiny model in `folder`."""
+    checked = parsed(clients, tables or {})
+    model = base.load(str(folder), max_length=48)
+    lora = adapters.find_targets(model, r=2, alpha=4.0)
+    return Setup(
+        study=checked,
+        base=model,
+        lora=lora,
+        initial=adapters.initial(model, lora, 5),
+        method=method(checked.personalize.method, checked.personalize.mu),
+        population=Few(clients, least),
+        suites=suites(),
+        probes=probes({s.role: s.items for s in suites()}, checked.probes.tail),
+    )
+
+
+def bare(clients: int, tables: Mapping[str, Any] | None = None) -> Setup:
+    """A study without a model, for `MadeUp` clients; its adapter is one tensor of six numbers."""
+    checked, name = parsed(clients, tables or {}), "layers.0.q_proj"
+    return Setup(
+        study=checked,
+        base=SimpleNamespace(digest="b" * 32, task="causal", source="made-up", revision=None),  # type: ignore[arg-type]
+        lora=Lora(
+            r=2,
+            alpha=4.0,
+            targets=(name,),
+            heads=(),
+            head_modules=(),
+            names=("q_proj",),
+            layers=None,
+            fan_in_fan_out=False,
+        ),
+        initial={f"{name}.lora_A": torch.zeros(2, 3)},
+        method=method("fedavg", 0.1),
+        population=Few(clients),
+        suites=suites(),
+        probes=probes({s.role: s.items for s in suites()}, checked.probes.tail),
+    )
+
+
+class MadeUp:
+    """In place of `engines.local.LocalClients`: each asks its real policy and ledger, says something, and seals it."""
+
+    def __init__(self, setup: Setup, folder: Path, tap: object = None) -> None:
+        self._setup = setup
+        self.consent = Consent(setup, lambda client: folder / f"{client:06d}")
+
+    def base_answers(self, role: Role) -> tuple[tuple[Item, ...], Array]:
+        items = self._setup.items[role]
+        return items, np.full((len(items), 2), 0.5)
+
+    def work(self, request: Request, cohort: Sequence[int], shared: object, terms: Terms) -> Iterator[list[Sent]]:
+        layout = self._setup.layout
+        for client in cohort:
+            reasons = self.consent.refuses(client, request)
+            rng = stream(1, "made-up", client, request.round)
+            readings = {name: np.array([rng.uniform(c.low, c.high) for c in coords]) for name, coords in layout.items()}
+            message = Message(readings=readings, update=np.append(rng.normal(size=6), 1.0))
+            sent = None if reasons else seal(message, layout, terms, request.round, client)
+            yield [Sent(client, sent, reasons)]
