@@ -109,3 +109,27 @@ def test_plan_predicts_for_both_panels_and_recommends(capsys: pytest.CaptureFixt
     assert {panel["kind"] for panel in found["panels"]} == {"rotating", "same"}
     assert cli.main(["plan", "--clients", "12", "--epsilon", "0.1", "--rounds", "4"]) == 0
     assert "cannot be met" in capsys.readouterr().out
+
+
+def test_a_window_that_another_run_spent_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = tmp_path / "study.toml"
+    study.write_text(
+        "rounds = 1\n[clients]\ncount = 12\nexamples = 8\neval_examples = 4\n"
+        '[privacy]\nledger = "shared.sqlite"\n[privacy.updates]\nnoise = "none"\n'
+    )
+
+    def run(out: str, *changes: str) -> int:
+        more = [word for change in changes for word in ("--set", change)]
+        return cli.main(["run", str(study), "--out", str(tmp_path / out), "--quiet", *more])
+
+    assert run("first") in (0, 3)
+    capsys.readouterr()
+    assert run("second", "personalize.lr=1e-3") == 4
+    said = capsys.readouterr().err
+    assert "would fit: the same with" in said and "the same in the next window" in said
+    assert not (tmp_path / "second").exists()
+    assert run("third", "seed=2") == 2  # another generated population has another ledger
+    assert not (tmp_path / "third").exists()
+    assert run("fourth", "personalize.lr=1e-3", "privacy.window=2") in (0, 3)

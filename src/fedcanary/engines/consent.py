@@ -146,8 +146,14 @@ def _names(population: Population) -> set[str]:
 
 
 def check(setup: Setup) -> None:
-    """Raise BadInput where a study's privacy cannot be had or its clients' policies cannot be read; writes nothing."""
+    """Say, before anything is written, why a study's privacy cannot be had.
+
+    Raises:
+        BadInput: too few clients, too small a budget, policies that cannot be read, another population's ledger.
+        Refused: the ledger was changed, or its window is spent.
+    """
     privacy_terms.check(setup)
+    protection.check_ledger(setup)
     policies_of(setup, contract_of(setup))
 
 

@@ -19,8 +19,9 @@ from fedcanary.privacy import ledger as ledgers
 from fedcanary.privacy.accounting import Mechanism, Neighbours
 from fedcanary.privacy.ledger import Budget, Head, Ledger
 from fedcanary.privacy.release import Charge, Gate
-from fedcanary.privacy.seal import TRAINING
+from fedcanary.privacy.seal import READINGS, TRAINING
 from fedcanary.record import RunRecord, fields
+from fedcanary.study import Study
 
 LEDGER = "ledger.sqlite"
 TRAINED, HELD_OUT = " trained", " held-out"  # ends of a panel's name in the ledger
@@ -52,7 +53,7 @@ class Protection:
         self._given_up: set[int] = set()
         masked = setup.study.privacy.trust == "secure_aggregation"
         self._registration = secagg.register(range(self._clients)) if masked else None
-        self._ledger = self._open(setup.population.digest)
+        self._ledger = open_ledger(setup, record.path.parent / LEDGER)
         for round in range(1, record.rounds + 1):
             self.cohort(round)
         if self._ledger is not None:
@@ -134,45 +135,14 @@ class Protection:
         rows = () if self._ledger is None else self._ledger.rows()
         return [row for row in rows if row.charge.panel.startswith(self._run)]
 
-    def _open(self, owner: str) -> Ledger | None:
-        """None where nothing is protected and nothing can be spent."""
-        privacy, hides = self._study.privacy, privacy_terms.neighbours(self._study)
-        if privacy.trust == "none":
-            return None
-        budget = Budget(epsilon=privacy.epsilon, delta=privacy.delta)
-        path = Path(privacy.ledger) if privacy.ledger else self._record.path.parent / LEDGER
-        ledger = Ledger.open(path, owner=owner, budget=budget, spent=spent_by(hides))
-        for name, own, paid in (
-            ("unit", privacy.unit, {_unit(row.charge.panel) for row in ledger.rows()}),
-            ("neighbours", hides, {row.charge.panel.split(" ")[2] for row in ledger.rows()}),
-        ):
-            if other := paid - {own}:
-                ledger.close()
-                what = f"{path} holds what was paid for {name} {', '.join(other)}, which cannot be added up with {own}"
-                raise BadInput.of(f"privacy.{name}", what, f"name another privacy.ledger, or the ledger's own {name}")
-        return ledger
-
     def _pay(self, charge: Charge) -> None:
         """Called by a gate before it opens anything: the charge goes to the ledger, then into the record.
 
         Exact updates have no finite cost. The study said so, no budget could hold it, and it is only recorded.
         """
-        head, privacy = None, self._study.privacy
+        head = None
         if self._ledger is not None and math.isfinite(charge.epsilon):
-            who = charge.round if privacy.rotates else "all"
-            hides = privacy_terms.neighbours(self._study)
-            head = self._ledger.charge(
-                ledgers.Charge(
-                    id=charge.id,
-                    window=privacy.window,
-                    panel=f"{self._run} {who} {hides}" + _whose(charge, privacy.unit),
-                    round=charge.round,
-                    mechanism=json.loads(charge.event),
-                    purpose=charge.purpose,
-                    epsilon=charge.epsilon,
-                    delta=charge.delta,
-                )
-            ).head
+            head = self._ledger.charge(_to_pay(charge, self._study)).head
         self._note(charge, head)
 
     def _note(self, charge: Charge, head: Head | None) -> None:
@@ -183,6 +153,78 @@ class Protection:
         spent = nothing if self._ledger is None else self._ledger.spent(self._study.privacy.window)
         after = {"ledger": None if head is None else fields(head), "spent": fields(spent)}
         self._record.append("charge", {**fields(charge), **after})
+
+
+def open_ledger(setup: Setup, place: Path) -> Ledger | None:
+    """The study's ledger, or one at `place`; None where nothing is protected and nothing can be spent.
+
+    Raises:
+        BadInput: it is another population's, or holds what cannot be added up with this study's charges.
+        Refused: it was changed or rolled back.
+    """
+    privacy, hides = setup.study.privacy, privacy_terms.neighbours(setup.study)
+    if privacy.trust == "none":
+        return None
+    path = Path(privacy.ledger) if privacy.ledger else place
+    budget = Budget(epsilon=privacy.epsilon, delta=privacy.delta)
+    ledger = Ledger.open(path, owner=setup.population.digest, budget=budget, spent=spent_by(hides))
+    for name, own, paid in (
+        ("unit", privacy.unit, {_unit(row.charge.panel) for row in ledger.rows()}),
+        ("neighbours", hides, {row.charge.panel.split(" ")[2] for row in ledger.rows()}),
+    ):
+        if other := paid - {own}:
+            ledger.close()
+            what = f"{path} holds what was paid for {name} {', '.join(other)}, which cannot be added up with {own}"
+            raise BadInput.of(f"privacy.{name}", what, f"name another privacy.ledger, or the ledger's own {name}")
+    return ledger
+
+
+def check_ledger(setup: Setup) -> None:
+    """What a ledger that is there already has against this study, before anything is written.
+
+    Raises:
+        BadInput: as `open_ledger`.
+        Refused: as `open_ledger`; or the window cannot pay the first round.
+    """
+    study = setup.study
+    if study.privacy.ledger is None or not Path(study.privacy.ledger).exists():
+        return
+    ledger = open_ledger(setup, Path(study.privacy.ledger))
+    if ledger is None:
+        return
+    with ledger:
+        if any(row.charge.panel.startswith(study.digest) for row in ledger.rows()):
+            return  # this very run was begun before, and goes on
+        size = privacy_terms.panel_size(study, len(setup.population))
+        terms = privacy_terms.terms(study, size, setup.probes)
+        for purpose, mechanism in ((READINGS, terms.mechanism(size)), (TRAINING, terms.training)):
+            if mechanism is not None:
+                cost = terms.epsilon(mechanism)
+                first = Charge(
+                    id=f"{study.digest} first",
+                    round=1,
+                    purpose=purpose,
+                    event=mechanism.to_json(),
+                    epsilon=cost,
+                    delta=terms.delta,
+                )
+                ledger.check(_to_pay(first, study))
+
+
+def _to_pay(charge: Charge, study: Study) -> ledgers.Charge:
+    """A charge of the gate as the ledger takes it: with its window, and the panel that pays."""
+    privacy, hides = study.privacy, privacy_terms.neighbours(study)
+    who = charge.round if privacy.rotates else "all"
+    return ledgers.Charge(
+        id=charge.id,
+        window=privacy.window,
+        panel=f"{study.digest} {who} {hides}" + _whose(charge, privacy.unit),
+        round=charge.round,
+        mechanism=json.loads(charge.event),
+        purpose=charge.purpose,
+        epsilon=charge.epsilon,
+        delta=charge.delta,
+    )
 
 
 def _as_noted(charge: ledgers.Charge) -> Charge:

@@ -123,6 +123,11 @@ class Ledger:
                 )
         return Receipt(id=charge.id, head=self._rows[charge.id].head, repeated=known is not None)
 
+    def check(self, charge: Charge) -> None:
+        """Raise OverBudget if the charge would not fit its window now; nothing is written."""
+        with self._chain.reading():
+            self._afford(charge)
+
     def settle(self, id: str, outcome: Outcome) -> None:
         """Close a charge: its release was made and is kept, or will never be made. The charge stays spent.
 
@@ -211,7 +216,7 @@ class Ledger:
         return _within(epsilon, self.budget.epsilon) and _within(delta, self.budget.delta)
 
     def _afford(self, charge: Charge) -> None:
-        """Raise OverBudget unless the window can pay. Called with the write lock held."""
+        """Raise OverBudget unless the window can pay. Called with a lock held."""
         before, budget = tuple(self._windows.get(charge.window, ())), self.budget
         if self._pays((*before, charge)):
             return
