@@ -373,6 +373,15 @@ def test_the_charge_says_what_happened_to_those_who_answered(terms):
     assert costs[1] < costs[0] if terms.trust == "secure_aggregation" else costs[1] == costs[0]
 
 
+def test_a_round_begun_again_is_another_aggregation(monkeypatch):
+    """A message of the first attempt must not pass in the second, so their names differ."""
+    names, real = [], secagg.aggregate
+    monkeypatch.setattr(release.secagg, "aggregate", lambda *a, **k: names.append(k["round_id"]) or real(*a, **k))
+    for _ in range(2):
+        full(PROTECTED[0]).close()
+    assert len(set(names)) == 2
+
+
 def test_protection_without_noise_does_not_exist():
     with pytest.raises(FedcanaryError, match="protects nothing"):
         Terms(trust="central")

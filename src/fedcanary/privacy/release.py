@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ class Gate:
             outcome = secagg.aggregate(
                 self._sealed,
                 BITS,
-                round_id=f"{self._run} {self._round}",
+                round_id=f"{self._run} {self._round} {secrets.token_hex(8)}",  # a round begun again is another
                 minimum=max(self.terms.floor, 2),
                 tolerated=self.terms.dropouts,
                 registry=None if self._registration is None else self._registration[0],
