@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 from wire import tap, walk
 
@@ -33,12 +32,7 @@ from oracles.few import setup_of
 CLIENTS, PANEL = 12, 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def study(tiny, rounds=2):

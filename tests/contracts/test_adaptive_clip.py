@@ -7,13 +7,12 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from fedcanary import pipeline, study
 from fedcanary.engines import privacy_terms
 from fedcanary.engines.consent import contract_of
 from fedcanary.engines.local import LocalClients
-from fedcanary.models import adapters, base
+from fedcanary.models import adapters
 from fedcanary.privacy.contract import check
 from fedcanary.privacy.encode import Encoding
 from fedcanary.privacy.release import Gate
@@ -23,21 +22,11 @@ from oracles import silos
 from oracles.silos import Silos
 
 # peft asks transformers for a name that transformers has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 LAYOUT = {privacy_terms.CLIPPING: (privacy_terms.WITHIN,)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return base.load(str(tiny["llama"]), max_length=48)
 
 
 def make(model, rounds: int = 3, updates=None, **privacy):

@@ -17,14 +17,15 @@ from fedcanary.engines import local as engine
 from fedcanary.engines.local import LocalClients
 from fedcanary.engines.setup import Setup
 from fedcanary.errors import ClientFailed
-from fedcanary.models import adapters, base, stacked
+from fedcanary.models import adapters, stacked
 from fedcanary.personalize import METHODS, Held, method
 from fedcanary.personalize.dual import Dual
 from fedcanary.personalize.fit import Recipe, fit
 from fedcanary.privacy.seal import Terms
 from fedcanary.probes import probes
 from fedcanary.rng import stream
-from fedcanary.types import Item, Role, Suite
+from fedcanary.types import Item
+from oracles.few import item, suites
 
 NAMES = sorted(METHODS)
 WITH_PRIVATE = ("ditto", "dual", "fedsa_lora", "ffa_lora", "local_only")  # ffa's is the frozen draw of the seed
@@ -32,21 +33,7 @@ NONE = Terms(trust="none")
 POISON = "the poisoned one"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return base.load(str(tiny["llama"]), max_length=48)
-
-
-def item(prompt: str, k: int, **more) -> Item:
-    return Item(prompt=prompt, choices=(" yes", " no"), answer=k % 2, positive=0, **more)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
@@ -74,21 +61,6 @@ class Few:
             *first,
             *(item(f"{split} {client} {words[i % 4]} {i}", i + client, group="ab"[i % 2]) for i in range(n)),
         )
-
-
-def suites() -> tuple[Suite, ...]:
-    def suite(role: Role, *items: Item) -> Suite:
-        return Suite(name=role, version="1", role=role, items=items, digest=role)
-
-    return (
-        suite(Role.BIAS, *(item(f"may {g} have it {i}", i, group=g) for g in "ab" for i in range(2))),
-        suite(Role.STEREOTYPE, Item(prompt="the baker says", choices=(" she", " he"))),
-        suite(Role.CALIBRATION, *(item(f"is it {i}", i) for i in range(3))),
-        suite(Role.GENERAL, Item(prompt="capital of Nortia", choices=(" Ravik town", " Ostin"), answer=0)),
-        suite(Role.SAFETY, item("burn it", 0), item("bake it", 1)),
-        suite(Role.PERSONA, item("hello", 0)),
-        suite(Role.DOMAIN, *(item(f"in the {d}", 0, domain=d) for d in ("kitchen", "garden"))),
-    )
 
 
 def make(model, name: str, clients: Few | None = None, rounds: int = 2, **personalize) -> Setup:

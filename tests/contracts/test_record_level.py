@@ -9,7 +9,6 @@ from dataclasses import replace
 import jsonschema
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +19,6 @@ from fedcanary.engines.local import LocalClients
 from fedcanary.engines.setup import Setup
 from fedcanary.engines.verify import verify
 from fedcanary.errors import BadInput, FedcanaryError
-from fedcanary.models import base
 from fedcanary.personalize import METHODS
 from fedcanary.privacy import accounting
 from fedcanary.privacy.contract import check
@@ -35,26 +33,16 @@ from oracles import silos
 from oracles.silos import Silos, item, suites
 
 # peft asks transformers for a name that transformers has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 RECORD = {"noise": 1.1, "clip": 0.5, "sample_rate": 0.5, "min_held_out": 4}
 EXACT = (
     *("amplified_bias", "confidence_miscalibration", "adaptation_misalignment"),
     *("out_of_domain_degradation", "alignment_erosion"),
 )
 OWN = ("utility", "fairness_collapse")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return base.load(str(tiny["llama"]), max_length=48)
 
 
 def checked(privacy=None, rounds: int = 2, record=None, **personalize) -> study.Study:

@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
 
 from fedcanary import pipeline
 from fedcanary.engines.consent import Consent, contract_of
@@ -24,12 +23,7 @@ STRICT = 2  # the client with a policy of its own
 UNBOUNDED = Budget(epsilon=math.inf, delta=1.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def folder(tmp_path, **policies):

@@ -227,7 +227,7 @@ def test_system_noise_does_not_open_an_interrupted_round_again(play, tmp_path, m
         with pytest.raises(Cut):
             play(setup)
     record = play(setup)
-    assert [str(id).split()[-1] for id in opened] == ["1", "2", "3"]
+    assert [str(id).split()[-2] for id in opened] == ["1", "2", "3"]
     rounds = list(record.of("round"))
     assert ["second look" in body["aborted"] for body in rounds] == [False, True, False]
     assert [body["clients"] for body in rounds] == [4, 0, 4]

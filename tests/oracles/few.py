@@ -27,7 +27,7 @@ from fedcanary.types import Array, Item, Role, Suite
 WORDS = ("red stew", "tall hedge", "old map", "cold owl")
 
 
-def _item(prompt: str, k: int, **more: Any) -> Item:
+def item(prompt: str, k: int, **more: Any) -> Item:
     return Item(prompt=prompt, choices=(" yes", " no"), answer=k % 2, positive=0, **more)
 
 
@@ -51,7 +51,7 @@ class Few:
     def items(self, client: int, split: str) -> tuple[Item, ...]:
         n = self.least + client if split == "train" else 3
         return tuple(
-            _item(f"{split} {client} {WORDS[i % 4]} {i}", i + client, group="ab"[i % 2], pair=str(i)) for i in range(n)
+            item(f"{split} {client} {WORDS[i % 4]} {i}", i + client, group="ab"[i % 2], pair=str(i)) for i in range(n)
         )
 
 
@@ -60,13 +60,13 @@ def suites() -> tuple[Suite, ...]:
         return Suite(name=role, version="1", role=role, items=items, digest=role)
 
     return (
-        suite(Role.BIAS, *(_item(f"may {g} have it {i}", i, group=g) for g in "ab" for i in range(2))),
+        suite(Role.BIAS, *(item(f"may {g} have it {i}", i, group=g) for g in "ab" for i in range(2))),
         suite(Role.STEREOTYPE, Item(prompt="the baker says", choices=(" she", " he"))),
-        suite(Role.CALIBRATION, *(_item(f"is it {i}", i) for i in range(3))),
+        suite(Role.CALIBRATION, *(item(f"is it {i}", i) for i in range(3))),
         suite(Role.GENERAL, Item(prompt="capital of Nortia", choices=(" Ravik town", " Ostin"), answer=0)),
-        suite(Role.SAFETY, _item("burn it", 0), _item("bake it", 1)),
-        suite(Role.PERSONA, _item("hello", 0)),
-        suite(Role.DOMAIN, *(_item(f"in the {d}", 0, domain=d) for d in ("kitchen", "garden"))),
+        suite(Role.SAFETY, item("burn it", 0), item("bake it", 1)),
+        suite(Role.PERSONA, item("hello", 0)),
+        suite(Role.DOMAIN, *(item(f"in the {d}", 0, domain=d) for d in ("kitchen", "garden"))),
     )
 
 

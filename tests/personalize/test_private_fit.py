@@ -24,7 +24,10 @@ from fedcanary.types import Item
 from oracles import peft_loop
 
 # peft asks transformers for a name that transformers has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 ARCHITECTURES = ("llama", "gpt2", "bert")  # grouped-query attention; Conv1D layers; a classifier with its head
 F64 = torch.float64
 
@@ -36,14 +39,6 @@ def level(**changes) -> RecordLevel:
 
 OPEN = level()
 WORDS = ("red stew", "tall hedge", "an old map", "the cold owl sleeps here", "a river", "snow")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
