@@ -84,6 +84,7 @@ def test_diff_says_in_words_what_is_new_and_asks_for_consent(files: Path, capsys
         (["contract", "diff", "one.toml", "nowhere.toml"], ["nowhere.toml", "cannot be read"]),
         (["plan", "--clients", "0", "--epsilon", "-1"], ["clients", "epsilon", "2 problems"]),
         (["plan", "--clients", "400", "--epsilon", "1", "--effect", "amplified_bia=.1"], ["amplified_bias"]),
+        (["plan", "silos.toml", "--clients", "400", "--epsilon", "1"], ["privacy.unit", "made for the unit client"]),
         (["plan", "nowhere.toml", "--clients", "400", "--epsilon", "1"], ["nowhere.toml", "cannot be read"]),
     ],
 )
@@ -95,6 +96,8 @@ def test_wrong_use_is_one_message_with_every_problem(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(files)
+    silos = '[privacy]\nunit = "example"\nrecord = { noise = 1.0, clip = 1.0, sample_rate = 0.1 }\n'
+    (files / "silos.toml").write_text(silos)
     (files / "torn.toml").write_text("[[numbers]]\nprobe = ")
     (files / "misspelt.toml").write_text('max_epsilom = 1\nforbidden_probes = ["utilty"]\n')
     assert cli.main(arguments) == 2

@@ -137,6 +137,9 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     chosen = study.load(arguments.study or DEMONSTRATION)
     privacy, suites = chosen.privacy, load_suites(chosen)
+    if privacy.unit != "client":
+        what = f"the unit is {privacy.unit}, and plans are made for the unit client"
+        raise BadInput.of("privacy.unit", what, "leave STUDY out, and see docs/privacy.md for what examples cost")
     wish = planner.Wish(
         clients=arguments.clients,
         epsilon=arguments.epsilon,
