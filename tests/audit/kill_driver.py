@@ -88,7 +88,12 @@ def warm(noise: str, rounds: int, panel: str) -> Setup:
 
 # --- where to die, and what to tell
 
-hit: Callable[[str, int], None] = lambda point, round: None  # noqa: E731 - a process that is not killed
+
+def _nobody_kills(point: str, round: int) -> None:
+    """What a process does at its killing points if none was chosen."""
+
+
+hit: Callable[[str, int], None] = _nobody_kills
 now = 0  # the round
 
 
@@ -234,6 +239,7 @@ def plant(bug: str) -> None:
         if bug == "a second look":
             Consent.__init__ = agrees
     elif bug == "a charge on no disk":
+        # the planted bug is exactly that a method of the ledger is another
         Ledger.charge = lambda self, one: SimpleNamespace(head=self.head)  # type: ignore[method-assign]
     elif bug == "a record without its charge":
         append = RunRecord.append

@@ -219,12 +219,15 @@ def test_the_one_run_p_value_is_wrong_no_more_often_than_it_says():
         assert sum(low[int(k)] for k in right.sum(axis=1)) <= 270
 
 
+def _tail(n, p, ks):
+    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in ks)
+
+
 def test_clopper_pearson_against_the_binomial_itself():
     for k, n in ((0, 10), (3, 10), (10, 10), (40, 1_000)):
         low, high = (float(x) for x in clopper_pearson(k, n, 0.99))
-        tail = lambda p, ks: sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in ks)  # noqa: B023, E731
-        assert (low, k) == (0, 0) or tail(low, range(k, n + 1)) == pytest.approx(0.005, rel=1e-6)
-        assert (high, k) == (1, n) or tail(high, range(k + 1)) == pytest.approx(0.005, rel=1e-6)
+        assert (low, k) == (0, 0) or _tail(n, low, range(k, n + 1)) == pytest.approx(0.005, rel=1e-6)
+        assert (high, k) == (1, n) or _tail(n, high, range(k + 1)) == pytest.approx(0.005, rel=1e-6)
 
 
 @pytest.mark.statistical

@@ -106,6 +106,7 @@ def bare(clients: int, tables: Mapping[str, Any] | None = None) -> Setup:
     checked, name = parsed(clients, tables or {}), "layers.0.q_proj"
     return Setup(
         study=checked,
+        # stands for a model that nothing here asks to score
         base=SimpleNamespace(digest="b" * 32, task="causal", source="made-up", revision=None),  # type: ignore[arg-type]
         lora=Lora(
             r=2,

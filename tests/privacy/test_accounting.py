@@ -374,15 +374,15 @@ def test_wishes_out_of_range_are_refused():
         with pytest.raises(BadInput, match="delta"):
             gaussian_std(1.0, delta, 1.0)
     for bad in (0.0, -1.0, math.nan, math.inf):
-        for call in (
-            lambda: gaussian_std(bad, 1e-6, 1.0),  # noqa: B023
-            lambda: gaussian_std(1.0, 1e-6, bad),  # noqa: B023
-            lambda: gaussian_epsilon(1.0, bad, 1e-6),  # noqa: B023
-            lambda: gaussian_epsilon(bad, 1.0, 1e-6),  # noqa: B023
-            lambda: laplace_scale(bad),  # noqa: B023
-            lambda: randomized_response_truth(bad),  # noqa: B023
+        for call, arguments in (
+            (gaussian_std, (bad, 1e-6, 1.0)),
+            (gaussian_std, (1.0, 1e-6, bad)),
+            (gaussian_epsilon, (1.0, bad, 1e-6)),
+            (gaussian_epsilon, (bad, 1.0, 1e-6)),
+            (laplace_scale, (bad,)),
+            (randomized_response_truth, (bad,)),
         ):
             with pytest.raises(BadInput):
-                call()
+                call(*arguments)
     with pytest.raises(BadInput, match="did you mean 'zeroed'"):
         compose([gaussian(1.0)], 1e-6, neighbours="zero")
