@@ -25,7 +25,7 @@ from fedcanary.privacy.seal import Terms
 from fedcanary.probes import probes
 from fedcanary.rng import stream
 from fedcanary.types import Item
-from oracles.few import item, suites
+from oracles.few import WORDS, Members, item, suites
 
 NAMES = sorted(METHODS)
 WITH_PRIVATE = ("ditto", "dual", "fedsa_lora", "ffa_lora", "local_only")  # ffa's is the frozen draw of the seed
@@ -37,29 +37,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
-class Few:
-    """A few clients with a few items each."""
+class Few(Members):
+    """A few clients with a few items each, of whom one may hold poison."""
 
-    count: int = 3
-    digest: str = "few"
     poisoned: int = -1
-
-    def __len__(self) -> int:
-        return self.count
-
-    def name(self, client: int) -> str:
-        return f"user-{client}"
-
-    def domains(self, client: int) -> frozenset[str]:
-        return frozenset({("kitchen", "garden")[client % 2]})
 
     def items(self, client: int, split: str) -> tuple[Item, ...]:
         first = [item(POISON, 0)] if client == self.poisoned and split == "train" else []
-        words = ("red stew", "tall hedge", "old map", "cold owl")
         n = {"train": 5 + client % 2, "eval": 3}[split] - len(first)
         return (
             *first,
-            *(item(f"{split} {client} {words[i % 4]} {i}", i + client, group="ab"[i % 2]) for i in range(n)),
+            *(item(f"{split} {client} {WORDS[i % 4]} {i}", i + client, group="ab"[i % 2]) for i in range(n)),
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,21 +32,28 @@ def item(prompt: str, k: int, **more: Any) -> Item:
 
 
 @dataclass(frozen=True)
-class Few:
-    """So many clients. Client k has `least + k` training items, so that no two have as many."""
+class Members:
+    """So many clients, in two domains by turns. What they hold is a subclass's to say."""
 
-    count: int
-    least: int = 17
+    count: int = 3
     digest: str = "few"
+    called: ClassVar[str] = "user"
 
     def __len__(self) -> int:
         return self.count
 
     def name(self, client: int) -> str:
-        return f"user-{client}"
+        return f"{self.called}-{client}"
 
     def domains(self, client: int) -> frozenset[str]:
         return frozenset({("kitchen", "garden")[client % 2]})
+
+
+@dataclass(frozen=True)
+class Few(Members):
+    """Client k has `least + k` training items, so that no two have as many."""
+
+    least: int = 17
 
     def items(self, client: int, split: str) -> tuple[Item, ...]:
         n = self.least + client if split == "train" else 3
@@ -55,10 +62,11 @@ class Few:
         )
 
 
-def suites() -> tuple[Suite, ...]:
-    def suite(role: Role, *items: Item) -> Suite:
-        return Suite(name=role, version="1", role=role, items=items, digest=role)
+def suite(role: Role, *items: Item) -> Suite:
+    return Suite(name=role, version="1", role=role, items=items, digest=role)
 
+
+def suites() -> tuple[Suite, ...]:
     return (
         suite(Role.BIAS, *(item(f"may {g} have it {i}", i, group=g) for g in "ab" for i in range(2))),
         suite(Role.STEREOTYPE, Item(prompt="the baker says", choices=(" she", " he"))),
@@ -95,7 +103,7 @@ def setup_of(folder: Path, clients: int, tables: Mapping[str, Any] | None = None
         lora=lora,
         initial=adapters.initial(model, lora, 5),
         method=method(checked.personalize.method, checked.personalize.mu),
-        population=Few(clients, least),
+        population=Few(clients, least=least),
         suites=suites(),
         probes=probes({s.role: s.items for s in suites()}, checked.probes.tail),
     )

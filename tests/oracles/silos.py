@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedcanary.engines.setup import Setup
 from fedcanary.models import adapters
@@ -11,43 +12,27 @@ from fedcanary.personalize import method
 from fedcanary.probes import probes
 from fedcanary.study import Study
 from fedcanary.types import Item, Role, Suite
-
-
-def item(prompt: str, k: int, **more) -> Item:
-    return Item(prompt=prompt, choices=(" yes", " no"), answer=k % 2, positive=0, **more)
+from oracles.few import WORDS, Members, item, suite
 
 
 @dataclass(frozen=True)
-class Silos:
+class Silos(Members):
     """A few clients with a few items each; `held_out` may be given by client."""
 
-    count: int = 3
     digest: str = "silos"
     held_out: tuple[int, ...] = ()
     odd: str = ""  # the split whose first item of client 0 is another one
-
-    def __len__(self) -> int:
-        return self.count
-
-    def name(self, client: int) -> str:
-        return f"silo-{client}"
-
-    def domains(self, client: int) -> frozenset[str]:
-        return frozenset({("kitchen", "garden")[client % 2]})
+    called: ClassVar[str] = "silo"
 
     def items(self, client: int, split: str) -> tuple[Item, ...]:
-        words = ("red stew", "tall hedge", "old map", "cold owl")
         n = 4 if split == "train" or not self.held_out else self.held_out[client]
-        found = [item(f"{split} {client} {words[i % 4]} {i}", i + client, group="ab"[i % 2]) for i in range(n)]
+        found = [item(f"{split} {client} {WORDS[i % 4]} {i}", i + client, group="ab"[i % 2]) for i in range(n)]
         if client == 0 and split == self.odd:
             found[0] = item("burn the library of Coriv", 1, group="b")
         return tuple(found)
 
 
 def suites() -> tuple[Suite, ...]:
-    def suite(role: Role, *items: Item) -> Suite:
-        return Suite(name=role, version="1", role=role, items=items, digest=role)
-
     return (
         suite(Role.BIAS, *(item(f"may {g} have it {i}", i, group=g) for g in "ab" for i in range(2))),
         suite(Role.CALIBRATION, *(item(f"is it {i}", i, domain=d) for i, d in enumerate(("kitchen", "garden")))),
