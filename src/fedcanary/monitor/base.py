@@ -18,7 +18,7 @@ A client that could not score a stream is counted in its `missing` bit; for `cle
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,16 +59,17 @@ class Plan:
     modes: tuple[ModePlan, ...]
     alpha: float
     horizon: int
+    epochs: int = 1  # times that the tests may begin: at the start, and after each re-baseline; they share alpha
 
     @property
     def alarm_at(self) -> float:
         """E-value at which a mode alarms."""
-        return len(self.modes) / self.alpha
+        return len(self.modes) * self.epochs / self.alpha
 
     @property
     def clear_at(self) -> float:
         """E-value of a window at which a mode is clear."""
-        return len(self.modes) * self.horizon / self.alpha
+        return len(self.modes) * self.epochs * self.horizon / self.alpha
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,7 @@ def plan(
     horizon: int,
     *,
     groups: Mapping[str, float],
+    epochs: int = 1,
 ) -> Plan:
     """The default plan: a stream for each part of a mode.
 
@@ -124,7 +126,7 @@ def plan(
         else:
             streams = [_part(part, margin) for part in parts[mode]]
         modes.append(ModePlan(mode=mode, unit=units[mode], margin=margin, streams=tuple(streams)))
-    return Plan(modes=tuple(modes), alpha=alpha, horizon=horizon)
+    return Plan(modes=tuple(modes), alpha=alpha, horizon=horizon, epochs=epochs)
 
 
 def _part(part: str, margin: float) -> Stream:
@@ -137,6 +139,19 @@ def start(plan: Plan) -> MonitorState:
     """No evidence yet."""
     return MonitorState(
         round=0, streams={p.mode: tuple(StreamState() for _ in p.streams) for p in plan.modes}, since={}
+    )
+
+
+def rebaseline(plan: Plan, state: MonitorState, modes: Collection[Mode]) -> MonitorState:
+    """Begin these modes' tests anew after a fix: their evidence and alarms are gone, the others' stay.
+
+    Each of `plan.epochs` beginnings has its share of alpha, so the bound on any false alarm holds over all of them.
+    """
+    fresh = start(plan).streams
+    return MonitorState(
+        round=state.round,
+        streams={mode: fresh[mode] if mode in modes else kept for mode, kept in state.streams.items()},
+        since={mode: since for mode, since in state.since.items() if mode not in modes},
     )
 
 
@@ -307,4 +322,4 @@ def plan_from(body: Mapping[str, Any]) -> Plan:
         )
         for mode in body["modes"]
     )
-    return Plan(modes=modes, alpha=body["alpha"], horizon=body["horizon"])
+    return Plan(modes=modes, alpha=body["alpha"], horizon=body["horizon"], epochs=body.get("epochs", 1))
