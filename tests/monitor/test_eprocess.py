@@ -16,6 +16,7 @@ from fedcanary.probes.base import CLIP
 
 MARGINS = st.floats(0.0, 0.2)
 EDGE = 1e-9
+WORSE, CLEAR, BITS = (0.4, 0.8, 1.5, 2.4, 3.1), (0.4, 0.8, 1.5, 2.4, 4.2), (0.25, 0.5, 1.0, 2.0)
 
 
 def value(function, d, margin: float, lam: float) -> float:
@@ -61,7 +62,7 @@ def at_the_margin(draw, points: int):
 def test_two_points_at_the_margin_have_mean_e_value_at_most_one(law, n):
     margin, points, weights = law
     assert np.dot(points, weights) == pytest.approx(-margin, abs=1e-12)
-    for function, lambdas in ((e.log_worse, e.WORSE_LAMBDAS), (e.log_clear, e.CLEAR_LAMBDAS)):
+    for function, lambdas in ((e.log_worse, WORSE), (e.log_clear, CLEAR)):
         for lam in lambdas:
             mean = expectation(points, weights, n, lambda d, f=function, lam=lam: value(f, d, margin, lam))
             assert mean <= 1 + EDGE
@@ -72,7 +73,7 @@ def test_two_points_at_the_margin_have_mean_e_value_at_most_one(law, n):
 def test_three_points_at_the_margin_too(law, n):
     margin, points, weights = law
     assert np.dot(points, weights) == pytest.approx(-margin, abs=1e-12)
-    for function, lambdas in ((e.log_worse, e.WORSE_LAMBDAS), (e.log_clear, e.CLEAR_LAMBDAS)):
+    for function, lambdas in ((e.log_worse, WORSE), (e.log_clear, CLEAR)):
         for lam in lambdas:
             mean = expectation(points, weights, n, lambda d, f=function, lam=lam: value(f, d, margin, lam))
             assert mean <= 1 + EDGE
@@ -86,7 +87,7 @@ def test_a_panel_drawn_without_replacement_is_covered(population, n):
     margin = float(-d.mean())
     assume(0 <= margin <= 0.2)
     panels = list(combinations(population, n))
-    for function, lambdas in ((e.log_worse, e.WORSE_LAMBDAS), (e.log_clear, e.CLEAR_LAMBDAS)):
+    for function, lambdas in ((e.log_worse, WORSE), (e.log_clear, CLEAR)):
         for lam in lambdas:
             assert np.mean([value(function, panel, margin, lam) for panel in panels]) <= 1 + EDGE
 
@@ -95,10 +96,10 @@ def test_a_panel_drawn_without_replacement_is_covered(population, n):
 def test_no_evidence_when_the_very_clients_are_on_the_other_side(d, margin):
     """Whoever the clients are: if their own sum is not beyond the margin, no single round gives any evidence."""
     d = np.array(d)
-    for lam in e.WORSE_LAMBDAS:
+    for lam in WORSE:
         if d.sum() >= -len(d) * margin:
             assert value(e.log_worse, d, margin, lam) <= 1 + EDGE
-    for lam in e.CLEAR_LAMBDAS:
+    for lam in CLEAR:
         if d.sum() <= -len(d) * margin:
             assert value(e.log_clear, d, margin, lam) <= 1 + EDGE
 
@@ -107,13 +108,13 @@ def test_no_evidence_when_the_very_clients_are_on_the_other_side(d, margin):
 def test_an_e_value_is_below_the_bet_it_stands_for(d, margin):
     """The honest version: prod (1 - lambda (d_i + m)) and prod (1 + lambda (d_i + m)), client by client."""
     y = np.array(d) + margin
-    for lam in e.WORSE_LAMBDAS:
+    for lam in WORSE:
         if lam * (CLIP + margin) < 1:
             bet = float(np.log1p(-lam * y).sum())
             assert math.log(max(value(e.log_worse, d, margin, lam), 1e-300)) <= bet + 1e-9
         else:
             assert value(e.log_worse, d, margin, lam) == 0.0
-    for lam in e.CLEAR_LAMBDAS:
+    for lam in CLEAR:
         if lam * (CLIP - margin) < 1:
             bet = float(np.log1p(lam * y).sum())
             assert math.log(max(value(e.log_clear, d, margin, lam), 1e-300)) <= bet + 1e-9
@@ -126,7 +127,7 @@ def test_bits_have_mean_e_value_at_most_one_at_the_share(share, n):
             math.comb(n, b) * share**b * (1 - share) ** (n - b) * bits(function, b, n, share, lam) for b in range(n + 1)
         )
 
-    for lam in e.BIT_LAMBDAS:
+    for lam in BITS:
         assert mean(e.log_bits_above, lam) == pytest.approx(1.0, abs=1e-9)
         assert mean(e.log_bits_below, lam) == pytest.approx(1.0, abs=1e-9)
 
@@ -134,7 +135,7 @@ def test_bits_have_mean_e_value_at_most_one_at_the_share(share, n):
 @given(st.integers(1, 200), st.data(), st.floats(0.01, 0.9))
 def test_bits_of_the_very_clients(n, data, share):
     b = data.draw(st.integers(0, n))
-    for lam in e.BIT_LAMBDAS:
+    for lam in BITS:
         if b <= share * n:
             assert bits(e.log_bits_above, b, n, share, lam) <= 1 + EDGE
         if b >= share * n:
@@ -150,9 +151,9 @@ def test_real_change_is_evidence():
     assert e.log_worse(e.Sums(n=n, s=-6.0, q=0.9), margin, lam) == pytest.approx(
         lam * 0.1 * n - kappa * lam**2 * 0.01 * n
     )
-    assert max(value(e.log_worse, [-0.15] * n, margin, lam) for lam in e.WORSE_LAMBDAS) > 120
-    assert max(value(e.log_clear, [0.0] * n, margin, lam) for lam in e.CLEAR_LAMBDAS) > 120
-    assert max(bits(e.log_bits_above, 20, n, 0.05, lam) for lam in e.BIT_LAMBDAS) > 120
+    assert max(value(e.log_worse, [-0.15] * n, margin, lam) for lam in WORSE) > 120
+    assert max(value(e.log_clear, [0.0] * n, margin, lam) for lam in CLEAR) > 120
+    assert max(bits(e.log_bits_above, 20, n, 0.05, lam) for lam in BITS) > 120
 
 
 @given(st.floats(1e-5, 0.999), st.floats(-0.999, 50))
@@ -174,13 +175,110 @@ def test_log_mean_exp_of_nothing_gained():
     assert e.log_mean_exp([2000.0, 2000.0]) == 2000.0
 
 
+# --- harm that is concentrated in few clients -------------------------------------------------------------------
+
+
+@st.composite
+def severe_law(draw):
+    """Three kinds of clients: severely harmed, worse and better, with mean -margin and a share of severe ones."""
+    margin, share = draw(st.floats(0.0, 0.1)), draw(st.floats(0.01, 0.3))
+    severe = draw(st.floats(-CLIP, -0.2))
+    rest = (-margin - share * severe) / (1 - share)  # mean of the others
+    assume(-CLIP < rest < CLIP)
+    low, high = draw(st.floats(-CLIP, rest)), draw(st.floats(rest, CLIP))
+    assume(high - low > 1e-3)
+    p = (1 - share) * (high - rest) / (high - low)
+    return margin, share, [(severe, 1), (low, 0), (high, 0)], [share, p, 1 - share - p]
+
+
+def joint(d, b, margin, lam, tilt, share, **noise) -> float:
+    d, b = np.array(d), np.array(b)
+    x = e.Sums(n=len(d), s=float(d.sum()), q=float((d**2).sum()), b=float(b.sum()), **noise)
+    return e.log_worse(x, margin, lam, tilt, share)
+
+
+@settings(max_examples=60, deadline=None)
+@given(severe_law(), st.integers(1, 5), st.sampled_from([(0.5, 0.2), (1.5, 0.5), (2.0, 1.5), (0.1, 2.0)]))
+def test_a_joint_bet_has_mean_at_most_one_where_mean_and_share_are_both_just_allowed(law, n, bet):
+    margin, share, points, weights = law
+    lam, tilt = bet
+
+    def statistic(clients) -> float:
+        d, b = zip(*clients, strict=True)
+        return math.exp(joint(d, b, margin, lam, tilt, share))
+
+    assert expectation(points, weights, n, statistic) <= 1 + EDGE
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(-CLIP, CLIP), st.booleans()), min_size=1, max_size=30),
+    st.floats(0.0, 0.2),
+    st.floats(0.0, 0.3),
+    st.sampled_from([(0.5, 0.2), (1.5, 0.5), (2.0, 0.9), (0.0, 1.0)]),
+)
+def test_a_joint_bet_is_below_the_clients_own(clients, margin, share, bet):
+    """prod (1 - lam (f d + m) + tilt (f b - share)), client by client, shrunken or not."""
+    f, d, b = (np.array(column, dtype=float) for column in zip(*clients, strict=True))
+    x = e.Sums(n=len(f), s=float(f @ d), q=float(f @ d**2), b=float(f @ b))
+    lam, tilt = bet
+    assume(lam * (CLIP + margin) + tilt * share < 1)
+    own = float(np.log1p(-lam * (f * d + margin) + tilt * (f * b - share)).sum())
+    assert e.log_worse(x, margin, lam, tilt, share) <= own + 1e-9
+
+
+def test_the_noise_on_the_bit_is_paid_for_and_forgetting_it_is_caught():
+    """A planted bug: were the bit's noise left out of the payment, the e-value's mean would be above one."""
+    n, margin, share, (lam, tilt), std = 50, 0.0, 0.03, (0.6, 0.5), 6.8
+    d, b = [0.0] * n, [0.0] * n
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    weights = weights / weights.sum()
+    exact = joint(d, b, margin, lam, tilt, share)
+    noisy = [e.log_worse(e.Sums(n=n, b=std * z, b_std=std), margin, lam, tilt, share) for z in nodes]
+    forgotten = [e.log_worse(e.Sums(n=n, b=std * z), margin, lam, tilt, share) for z in nodes]
+    assert float(weights @ np.exp(np.array(noisy) - exact)) == pytest.approx(1.0, rel=1e-6)
+    assert float(weights @ np.exp(np.array(forgotten) - exact)) > 5
+
+
+def test_a_joint_bet_sees_a_tail_that_the_mean_hides():
+    """Of 1,000 clients 6% lost .25 and the rest gained .016: the mean is fine, and twice the allowed share is not."""
+    d, b = [-0.25] * 60 + [0.016] * 940, [1] * 60 + [0] * 940
+    x = e.Sums(n=1000, s=float(np.sum(d)), q=float(np.square(d).sum()), b=60.0)
+    assert np.mean(d) > 0
+    both = max(e.log_worse(x, 0.0, lam, tilt, 0.03) for lam, tilt in e.worse_bets(x, 0.0, 0.03))
+    alone = max(e.log_worse(x, 0.0, lam) for lam, _ in e.worse_bets(x, 0.0, None))
+    assert alone <= 0 < math.log(120) < both
+    assert sum(b) / 1000 == 2 * 0.03
+
+
+@given(st.integers(2, 100_000), st.floats(0, 50), st.floats(0, 50), st.floats(0.0, 0.3), st.floats(0.0, 0.4))
+def test_bets_are_never_for_all_or_nothing(n, s_std, b_std, margin, share):
+    x = e.Sums(n=n, s_std=s_std, b_std=b_std, q_std=s_std / 2, lost_std=b_std, missing_std=b_std)
+    for lam, tilt in [*e.worse_bets(x, margin, share), *e.worse_bets(x, margin, None)]:
+        assert 0 <= lam * (CLIP + margin) + tilt * share <= e.SAFE + 1e-12
+        assert math.isfinite(e.log_worse(x, margin, lam, tilt, share))
+    near = min(margin, 0.2)
+    for lam in e.clear_bets(x, near):
+        assert 0 < lam * (CLIP - near) <= e.SAFE + 1e-12
+    assert all(0 < lam <= e.STEEPEST for lam in (*e.above_bets(x, share), *e.below_bets(x, share)))
+
+
+def test_a_bet_is_the_best_one_on_its_effect():
+    """For normal differences of the assumed variance and normal noise: found by trying all others."""
+    x = e.Sums(n=200, s_std=1.69)
+    for (mean, _), (lam, _) in zip(e.PLAIN, e.worse_bets(x, 0.0, None), strict=True):
+        grid = np.linspace(0.01, 6, 2000)
+        growth = grid * mean - grid**2 * (e.VARIANCE + x.s_std**2 / x.n) / 2
+        best = min(float(grid[np.argmax(growth)]), e.SAFE / CLIP)
+        assert lam == pytest.approx(best, abs=0.01)
+
+
 # --- shrunken messages and noise --------------------------------------------------------------------------------
 
 TESTS = {
-    "worse": (e.log_worse, e.WORSE_LAMBDAS),
-    "clear": (e.log_clear, e.CLEAR_LAMBDAS),
-    "above": (e.log_bits_above, e.BIT_LAMBDAS),
-    "below": (e.log_bits_below, e.BIT_LAMBDAS),
+    "worse": (e.log_worse, WORSE),
+    "clear": (e.log_clear, CLEAR),
+    "above": (e.log_bits_above, BITS),
+    "below": (e.log_bits_below, BITS),
 }
 USES = {
     "worse": {"s", "q"},
@@ -229,14 +327,14 @@ def test_shrunken_messages_stand_below_the_bet_on_the_unshrunken_clients(clients
         lost=float((1 - f).sum()),
     )
     worst = np.where(k == 1, -CLIP, d)
-    for lam in e.CLEAR_LAMBDAS:
+    for lam in CLEAR:
         if lam * (CLIP - margin) < 1:
             assert e.log_clear(x, margin, lam) <= float(np.log1p(lam * (worst + margin)).sum()) + 1e-9
-    for lam in e.WORSE_LAMBDAS:
+    for lam in WORSE:
         if lam * (CLIP + margin) < 1:
             assert e.log_worse(x, margin, lam) <= float(np.log1p(-lam * (f * d + margin)).sum()) + 1e-9
     ones = np.maximum(b, k)
-    for lam in e.BIT_LAMBDAS:
+    for lam in BITS:
         below = e.log_bits_below(e.Sums(n=len(f), b=float(ones.sum())), margin, lam)
         assert e.log_bits_below(x, margin, lam) <= below + 1e-9
         above = e.log_bits_above(e.Sums(n=len(f), b=float(b.sum())), margin, lam)

@@ -80,37 +80,40 @@ def oracle(plan: monitor.Plan, mode: Mode, rounds: list[Release | None]) -> list
         worse_of, clear_of = [], []
         for s in mode_plan.streams:
             bits = s.kind == "share"
-            lambdas = eprocess.BIT_LAMBDAS if bits else eprocess.WORSE_LAMBDAS
 
-            def worse(r: Release | None, lam: float, s=s, bits=bits) -> float:
+            def worse(r: Release | None, bet: int, s=s, bits=bits) -> float:
                 if r is None:
                     return 1.0
                 n, v = r.count, s.sign * r.sum(s.coord)
                 if bits:
-                    return math.exp(eprocess.log_bits_above(eprocess.Sums(n=n, b=v), s.margin, lam))
-                return math.exp(eprocess.log_worse(eprocess.Sums(n=n, s=v, q=r.sum(s.square)), s.margin, lam))
+                    x = eprocess.Sums(n=n, b=v)
+                    return math.exp(eprocess.log_bits_above(x, s.margin, eprocess.above_bets(x, s.margin)[bet]))
+                x = eprocess.Sums(n=n, s=v, q=r.sum(s.square))
+                lam, tilt = eprocess.worse_bets(x, s.margin, None)[bet]
+                return math.exp(eprocess.log_worse(x, s.margin, lam, tilt))
 
-            def clear(r: Release, lam: float, s=s, bits=bits) -> float:
+            def clear(r: Release, bet: int, s=s, bits=bits) -> float:
                 n, v, k = r.count, s.sign * r.sum(s.coord), r.sum("missing")
                 if bits:
-                    return math.exp(eprocess.log_bits_below(eprocess.Sums(n=n, b=v + k), s.margin, lam))
-                q = r.sum(s.square) + k * CLIP**2
-                return math.exp(
-                    eprocess.log_clear(eprocess.Sums(n=n, s=v - k * CLIP, q=q), min(s.margin, monitor.REACH), lam)
-                )
+                    x = eprocess.Sums(n=n, b=v + k)
+                    return math.exp(eprocess.log_bits_below(x, s.margin, eprocess.below_bets(x, s.margin)[bet]))
+                x = eprocess.Sums(n=n, s=v - k * CLIP, q=r.sum(s.square) + k * CLIP**2)
+                near = min(s.margin, monitor.REACH)
+                return math.exp(eprocess.log_clear(x, near, eprocess.clear_bets(x, near)[bet]))
 
             # every start round u has weight 1 / T: its bet is the product of the rounds u..t
             total = 0.0
-            for lam in lambdas:
-                gains = [worse(r, lam) for r in rounds[:t]]
+            bets = len(eprocess.ABOVE if bits else eprocess.PLAIN)
+            for bet in range(bets):
+                gains = [worse(r, bet) for r in rounds[:t]]
                 total += sum(math.prod(gains[u:]) for u in range(t)) / horizon
-            worse_of.append(total / len(lambdas) + (horizon - t) / horizon)
+            worse_of.append(total / bets + (horizon - t) / horizon)
             window = rounds[max(t - monitor.WINDOW, 0) : t]
             if any(r is None for r in window):
                 clear_of.append(0.0)
                 continue
-            lambdas = eprocess.BIT_LAMBDAS if bits else eprocess.CLEAR_LAMBDAS
-            clear_of.append(float(np.mean([math.prod(clear(r, lam) for r in window) for lam in lambdas])))
+            passes = [math.prod(clear(r, bet) for r in window) for bet in range(len(eprocess.WITHIN))]
+            clear_of.append(float(np.mean(passes)))
         found.append((float(np.mean(worse_of)), min(clear_of)))
     return found
 
@@ -438,7 +441,7 @@ def test_without_utility_nothing_is_called_silent():
 
 @pytest.mark.parametrize(
     ("state", "policy", "action"),
-    [("alarm", "stop", "hold"), ("alarm", "report", "adopt"), ("clear", "stop", "adopt"), ("unknown", "stop", "adopt")],
+    [("alarm", "hold", "hold"), ("alarm", "report", "adopt"), ("clear", "hold", "adopt"), ("unknown", "hold", "adopt")],
 )
 def test_the_policy_holds_only_at_an_alarm_and_when_told(state, policy, action):
     verdict = judge(evidence_of(alignment_erosion=state), utility(0.5, 0.6), policy)

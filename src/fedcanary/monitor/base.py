@@ -1,8 +1,8 @@
 """The monitor: a pure `start` and `step`; releases in, evidence out.
 
 For each mode one or more streams, each a one-sided question about a mean or a share ("is it beyond the margin?").
-    alarm   each stream's e-process mixes tuning values lambda and, uniformly over the horizon T, start rounds:
-            acc_t(lambda) = (acc_{t-1}(lambda) + 1/T) e_t(lambda),  E_t = mean over lambda of acc_t + (T - t)/T,
+    alarm   each stream's e-process mixes bets b (how much worse?) and, uniformly over the horizon T, start rounds:
+            acc_t(b) = (acc_{t-1}(b) + 1/T) e_t(b),  E_t = mean over bets of acc_t + (T - t)/T,
             an e-detector (Shin, Ramdas & Rinaldo 2023, arXiv 2203.03532, section 2) with a finite horizon. A mode's
             evidence is the mean of its streams'; it alarms for good when that reaches 6 / alpha. By Ville's inequality
             the chance of any false alarm, over all modes and rounds, is at most alpha.
@@ -23,16 +23,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedcanary.monitor import eprocess
-from fedcanary.probes.base import CLIP
+from fedcanary.probes.base import SEVERE
 from fedcanary.types import Evidence, Mode, Release, State, missing_bit
 
 WINDOW = 3
-REACH = 0.8 * CLIP  # a margin at or beyond the clip cannot be seen in clipped values, so no `clear` leans on it
+REACH = SEVERE  # a margin at or beyond the clip cannot be seen in clipped values, so no `clear` leans on it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
-    """One question. `sign=-1` mirrors the coordinate, so that "negative is worse" always holds."""
+    """One question. `sign=-1` mirrors the coordinate, so that "negative is worse" always holds.
+
+    A mean's alarm is also about the share of clients whose bit `severe` is set, if there is one: at most `share`.
+    """
 
     name: str
     kind: str  # "mean" or "share"
@@ -40,6 +43,8 @@ class Stream:
     square: str = ""
     margin: float
     sign: int = 1
+    severe: str = ""
+    share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +79,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamState:
-    """Log accumulated evidence for each lambda, and the last rounds' log clear values for each lambda."""
+    """Log accumulated evidence for each bet, and the last rounds' log clear values for each bet."""
 
     worse: tuple[float, ...] = ()
     window: tuple[tuple[float, ...], ...] = ()
@@ -97,9 +102,12 @@ def plan(
     horizon: int,
     *,
     groups: Mapping[str, float],
+    severe: float = 0.0,
     epochs: int = 1,
 ) -> Plan:
     """The default plan: a stream for each part of a mode.
+
+    `severe` is the share of clients that may fall by more than `probes.base.SEVERE`; 0: that is not asked.
 
     `groups` maps a group that mode 1 reads to the base's own contrast of it.
     For a group whose base contrast is r, widening means |r + mean change| > |r| + margin: upwards the change may go to
@@ -117,6 +125,8 @@ def plan(
                     square=f"square:{group}",
                     margin=abs(r) + sign * r + margin,
                     sign=sign,
+                    severe="severe" if severe else "",
+                    share=severe,
                 )
                 for group, r in groups.items()
                 for sign in (1, -1)
@@ -124,15 +134,15 @@ def plan(
         elif mode == Mode.FAIRNESS_COLLAPSE:
             streams = [Stream(name="left behind", kind="share", coord="tail", margin=margin)]
         else:
-            streams = [_part(part, margin) for part in parts[mode]]
+            streams = [_part(part, margin, severe) for part in parts[mode]]
         modes.append(ModePlan(mode=mode, unit=units[mode], margin=margin, streams=tuple(streams)))
     return Plan(modes=tuple(modes), alpha=alpha, horizon=horizon, epochs=epochs)
 
 
-def _part(part: str, margin: float) -> Stream:
-    if part == "delta":
-        return Stream(name="mean", kind="mean", coord="delta", square="square", margin=margin)
-    return Stream(name=part, kind="mean", coord=part, square=f"{part}_square", margin=margin)
+def _part(part: str, margin: float, severe: float) -> Stream:
+    name, square = ("mean", "square") if part == "delta" else (part, f"{part}_square")
+    bit = "severe" if severe else ""
+    return Stream(name=name, kind="mean", coord=part, square=square, margin=margin, severe=bit, share=severe)
 
 
 def start(plan: Plan) -> MonitorState:
@@ -180,12 +190,12 @@ def step(plan: Plan, state: MonitorState, releases: Mapping[str, Release]) -> tu
 
 
 def _advance(plan: Plan, stream: Stream, old: StreamState, release: Release | None) -> StreamState:
-    lambdas = len(eprocess.WORSE_LAMBDAS if stream.kind == "mean" else eprocess.BIT_LAMBDAS)
-    before = old.worse or (-math.inf,) * lambdas
+    bets = len(bets_of(stream))
+    before = old.worse or (-math.inf,) * bets
     worse: tuple[float, ...]
     clear: tuple[float, ...]
     if release is None:  # a round without an answer: nothing is learned, and nothing fresh supports a clear
-        worse, clear = (0.0,) * lambdas, (-math.inf,)
+        worse, clear = (0.0,) * bets, (-math.inf,)
     else:
         worse, clear = _logs(stream, release)
     begin = -math.log(plan.horizon)
@@ -195,7 +205,13 @@ def _advance(plan: Plan, stream: Stream, old: StreamState, release: Release | No
     )
 
 
+def bets_of(stream: Stream) -> Sequence[object]:
+    """What a stream's alarm bets on, one for each of `StreamState.worse`."""
+    return eprocess.ABOVE if stream.kind == "share" else eprocess.WORSE if stream.severe else eprocess.PLAIN
+
+
 def _logs(stream: Stream, release: Release) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """A round's log e-values, worse and clear, one for each bet."""
     margin, missing = stream.margin, release.missing_coord(stream.coord)
     common = {
         "n": release.count,
@@ -204,18 +220,22 @@ def _logs(stream: Stream, release: Release) -> tuple[tuple[float, ...], tuple[fl
         "lost": release.lost,
         "lost_std": release.lost_std,
     }
-    value, noise = stream.sign * release.sum(stream.coord), release.noise(stream.coord)
+    bit = stream.coord if stream.kind == "share" else stream.severe
+    if bit:
+        common |= {"b": release.sum(bit), "b_std": release.noise(bit)}
     if stream.kind == "share":
-        x = eprocess.Sums(b=value, b_std=noise, **common)
+        x = eprocess.Sums(**common)
         return (
-            tuple(eprocess.log_bits_above(x, margin, lam) for lam in eprocess.BIT_LAMBDAS),
-            tuple(eprocess.log_bits_below(x, margin, lam) for lam in eprocess.BIT_LAMBDAS),
+            tuple(eprocess.log_bits_above(x, margin, lam) for lam in eprocess.above_bets(x, margin)),
+            tuple(eprocess.log_bits_below(x, margin, lam) for lam in eprocess.below_bets(x, margin)),
         )
     square = {"q": release.sum(stream.square), "q_std": release.noise(stream.square)}
-    x = eprocess.Sums(s=value, s_std=noise, **square, **common)
+    x = eprocess.Sums(s=stream.sign * release.sum(stream.coord), s_std=release.noise(stream.coord), **square, **common)
+    share, near = stream.share if stream.severe else None, min(margin, REACH)
+    bets = eprocess.worse_bets(x, margin, share)
     return (
-        tuple(eprocess.log_worse(x, margin, lam) for lam in eprocess.WORSE_LAMBDAS),
-        tuple(eprocess.log_clear(x, min(margin, REACH), lam) for lam in eprocess.CLEAR_LAMBDAS),
+        tuple(eprocess.log_worse(x, margin, lam, tilt, share or 0.0) for lam, tilt in bets),
+        tuple(eprocess.log_clear(x, near, lam) for lam in eprocess.clear_bets(x, near)),
     )
 
 
@@ -266,7 +286,7 @@ def _evidence(
 
 
 def _auxiliary(coord: str) -> bool:
-    return "square" in coord or coord == "missing" or coord.endswith(missing_bit(""))
+    return "square" in coord or coord in ("missing", "severe") or coord.endswith(missing_bit(""))
 
 
 def _why(state: State, clear: float, release: Release, plan: Plan, streams: Sequence[Stream]) -> str:

@@ -8,6 +8,9 @@ Notation: n clients with paired differences d_i in [-c, c], S = sum d_i, Q = sum
 kappa(h) = (-ln(1 - h) - h) / h^2, for which ln(1 + x) >= x - kappa(h) x^2 whenever x >= -h (Fan, Grama & Liu 2015,
 lemma 4.1; used as in Howard et al. 2020, arXiv 1808.03204, and Waudby-Smith & Ramdas 2023, arXiv 2010.09686).
 
+Joint bets on a mean and on a share of severe clients (`log_worse` with a tilt) see harm that is concentrated in few
+clients, which moves the mean little.
+
 Assumption of every function here: the values are bounded as said. Nothing is assumed about their variance, shape or
 dependence: with y_i = d_i + m, prod (1 - lambda y_i) <= ((1/n) sum (1 - lambda y_i))^n <= exp(-lambda (S + n m)), so
 the statements hold for the mean of the very clients that answered, and in expectation for independently drawn ones.
@@ -18,12 +21,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 from fedcanary.probes.base import CLIP
 
-WORSE_LAMBDAS = (0.4, 0.8, 1.5, 2.4, 3.1)
-CLEAR_LAMBDAS = (0.4, 0.8, 1.5, 2.4, 4.2)
-BIT_LAMBDAS = (0.25, 0.5, 1.0, 2.0)
+# What is bet on: by how much the mean is beyond its margin, and the share of severe clients beyond theirs.
+PLAIN: Final = ((0.02, 0.0), (0.035, 0.0), (0.07, 0.0), (0.15, 0.0))  # where no severe bit is sent
+WORSE: Final = (*PLAIN, (0.0, 0.05), (0.01, 0.032), (0.02, 0.064), (0.04, 0.128))
+ABOVE: Final = (0.03, 0.06, 0.12, 0.25)  # by how much a share is beyond its own
+WITHIN: Final = (0.35, 0.65, 1.0)  # by how much of its margin a mean, or of its share a share, is within it
+VARIANCE = 0.01  # of a client's difference; only the bets' sizes rest on it
+SAFE = 0.8  # of the largest bet that could lose everything
+STEEPEST = 3.0  # bet on a share
+LEAST = 0.005  # effect that a bet is made for
 
 
 def kappa(h: float) -> float:
@@ -58,22 +68,32 @@ class Sums:
     lost_std: float = 0.0
 
 
-def log_worse(x: Sums, margin: float, lam: float, clip: float = CLIP) -> float:
-    """Log e-value against "the mean of what was reported is at least -margin": evidence that it is worse than that.
+def log_worse(x: Sums, margin: float, lam: float, tilt: float = 0.0, share: float = 0.0, clip: float = CLIP) -> Any:
+    """Log e-value against "the mean of what was reported is at least -margin, and at most `share` of it is severe".
 
-    With y = f d + margin <= clip + margin and h = lambda (clip + margin), prod (1 - lambda y) >= exp(-lambda sum y -
-    kappa(h) lambda^2 sum y^2), whose left side has mean at most 1, and f d^2 >= (f d)^2. The noise on a sum that enters
-    with a factor a has mean E exp(a noise) <= exp(a^2 std^2 / 2), which is paid for.
+    A bet on both: z = lam (f d + margin) - tilt (f b - share) has mean at least 0 under the hypothesis and z <= h =
+    lam (clip + margin) + tilt share, so prod (1 - z) >= exp(-sum z - kappa(h) sum z^2), whose left side has mean at
+    most 1. Squares are at most (f d + margin)^2 <= f d^2 + 2 margin f d + margin^2; (f b - share)^2 <= (1 - 2 share)
+    f b + share^2; -(f d + margin) (f b - share) <= max(clip - margin, 0) f b + share (f d + margin). The noise on a sum
+    that enters with a factor a has mean E exp(a noise) <= exp(a^2 std^2 / 2), which is paid for.
     """
-    h = lam * (clip + margin)
+    h = lam * (clip + margin) + tilt * share
     if h >= 1:
         return -math.inf
-    a = kappa(h) * lam**2
-    y, yy = x.s + x.n * margin, x.q + 2 * margin * x.s + x.n * margin**2
-    return -lam * y - a * yy - _paid((lam + 2 * a * margin, x.s_std), (a, x.q_std))
+    k, cross = kappa(h), 2 * lam * tilt
+    y = x.s + x.n * margin
+    yy = x.q + 2 * margin * x.s + x.n * margin**2
+    bb = (1 - 2 * share) * x.b + x.n * share**2
+    zz = lam**2 * yy + cross * (max(clip - margin, 0.0) * x.b + share * y) + tilt**2 * bb
+    paid = _paid(
+        (lam + k * (2 * margin * lam**2 + cross * share), x.s_std),
+        (k * lam**2, x.q_std),
+        (tilt - k * (cross * max(clip - margin, 0.0) + tilt**2 * (1 - 2 * share)), x.b_std),
+    )
+    return -lam * y + tilt * (x.b - x.n * share) - k * zz - paid
 
 
-def log_clear(x: Sums, margin: float, lam: float, clip: float = CLIP) -> float:
+def log_clear(x: Sums, margin: float, lam: float, clip: float = CLIP) -> Any:
     """Log e-value against "the mean of the clients' d, unshrunken, is at most -margin": evidence that it is not so bad.
 
     Whoever cannot say counts as -clip, and so does the share that shrinkage took: y = f d - clip (1 - f) - clip f k +
@@ -100,7 +120,7 @@ def log_clear(x: Sums, margin: float, lam: float, clip: float = CLIP) -> float:
     )
 
 
-def log_bits_above(x: Sums, share: float, lam: float) -> float:
+def log_bits_above(x: Sums, share: float, lam: float) -> Any:
     """Log e-value against "the share of ones is at most `share`": the Bernoulli bound of Chernoff (Hoeffding 1963).
 
     f b <= b, so shrinkage can only hide ones here.
@@ -108,7 +128,7 @@ def log_bits_above(x: Sums, share: float, lam: float) -> float:
     return lam * x.b - x.n * math.log1p(share * math.expm1(lam)) - _paid((lam, x.b_std))
 
 
-def log_bits_below(x: Sums, share: float, lam: float) -> float:
+def log_bits_below(x: Sums, share: float, lam: float) -> Any:
     """Log e-value against "the share of ones is at least `share`", where missing and shrunken clients count as ones.
 
     b <= f b + f k + (1 - f) for b or k in {0, 1}.
@@ -116,6 +136,55 @@ def log_bits_below(x: Sums, share: float, lam: float) -> float:
     ones = x.b + x.missing + x.lost
     paid = _paid((lam, x.b_std), (lam, x.missing_std), (lam, x.lost_std))
     return -lam * ones - x.n * math.log1p(share * math.expm1(-lam)) - paid
+
+
+def worse_bets(x: Sums, margin: float, share: float | None, clip: float = CLIP) -> list[tuple[float, float]]:
+    """(lam, tilt) of `log_worse` for each of WORSE, or of PLAIN where no severe bit is sent (`share` is None).
+
+    Each is near the best bet on its effect under this noise (see `_bet`). All bets here rest on n and the noise alone,
+    which are known before the sums are opened, so that an e-value stays one.
+    """
+    found = []
+    for mean, more in PLAIN if share is None else WORSE:
+        lam = _bet(mean, mean / VARIANCE, x.s_std**2 / x.n) if mean else 0.0
+        tilt = _bet(more, more / ((share or 0.0) + more), x.b_std**2 / x.n) if more else 0.0
+        less = SAFE / max(lam * (clip + margin) + tilt * (share or 0.0), SAFE)
+        found.append((lam * less, tilt * less))
+    return found
+
+
+def clear_bets(x: Sums, margin: float, clip: float = CLIP) -> list[float]:
+    """Bets of `log_clear`, one for each of WITHIN; `margin` is below the clip."""
+    noise = (x.s_std**2 + clip**2 * (x.lost_std**2 + x.missing_std**2)) / x.n
+    gaps = [r * max(margin, LEAST) for r in WITHIN]
+    return [min(_bet(gap, gap / VARIANCE, noise), SAFE / (clip - margin)) for gap in gaps]
+
+
+def above_bets(x: Sums, share: float) -> list[float]:
+    """Bets of `log_bits_above`, one for each of ABOVE."""
+    return [_bet(more, _log_odds(share, share + more), x.b_std**2 / x.n) for more in ABOVE]
+
+
+def below_bets(x: Sums, share: float) -> list[float]:
+    """Bets of `log_bits_below`, one for each of WITHIN."""
+    noise = (x.b_std**2 + x.missing_std**2 + x.lost_std**2) / x.n
+    near = max(share, LEAST)
+    return [_bet(r * near, _log_odds(near * (1 - r), near), noise) for r in WITHIN]
+
+
+def _bet(effect: float, alone: float, noise: float) -> float:
+    """Near the bet that grows fastest on an effect, given the best one without noise and a client's part of the noise.
+
+    Exactly so for a normal difference of variance v: alone = effect / v gives effect / (v + noise).
+    """
+    return 1 / (1 / alone + noise / effect)
+
+
+def _log_odds(low: float, high: float) -> float:
+    """Log odds ratio of two shares, at most STEEPEST: the best bet on the one against the other (Kelly)."""
+    if low <= 0 or high >= 1:
+        return STEEPEST
+    return min(math.log(high / (1 - high) * (1 - low) / low), STEEPEST)
 
 
 def _paid(*terms: tuple[float, float]) -> float:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from fedcanary.monitor import base as monitor
 from fedcanary.monitor.base import ModePlan
 from fedcanary.privacy.encode import Encoding
-from fedcanary.probes.base import CLIP
+from fedcanary.probes.base import CLIP, SEVERE
 from fedcanary.rng import stream
 from fedcanary.types import Array, Mode, Release, missing_bit
 
@@ -33,6 +33,7 @@ PATHS: Final = 1000  # windows of a forecast: a share of them has a standard err
 FEWEST: Final = 200  # of them in long windows (.035), and those whose intervals are looked at
 ROUNDS: Final = 24 * PATHS  # simulated rounds up to which there are all of PATHS
 BESIDE: Final = 0.12  # root mean square of what is sent beside the modes (utility), less its zero: as measured
+MOMENTS: Final = 5  # of a client's message that a stream's sums are made of
 SAMPLE: Final = 4096  # clients from whom it is seen how much else a message carries
 NORMAL: Final[Array] = np.array([NormalDist().inv_cdf((i + 0.5) / 801) for i in range(801)])  # quantiles
 LEVELS: Final[Array] = (np.arange(64) + 0.5) / 64
@@ -196,7 +197,7 @@ class Windows:
         values: dict[str, Array] = {}
         lost = np.zeros(people.shape[2:])
         for i, coord in enumerate(tested(mode_plan)):
-            sums = np.empty(people.shape[1:])  # (4, rounds, paths)
+            sums = np.empty(people.shape[1:])  # (MOMENTS, rounds, paths)
             for rounds, e in ((slice(calm_rounds), None), (slice(calm_rounds, None), effect)):
                 mean, root = self._moments(mode_plan, i, e if i == 0 else None)
                 spread = math.sqrt(door.n) * np.tensordot(root, people[i][:, rounds], 1)
@@ -209,11 +210,11 @@ class Windows:
         return Sums(float(door.n), lost, door.lost_std, values, stds)
 
     def _normals(self, kind: Kind, mode_plan: ModePlan) -> tuple[Array, Array]:
-        """Standard normal draws for people and for noise, (coordinates, 4, rounds, paths) each."""
+        """Standard normal draws for people and for noise, (coordinates, MOMENTS, rounds, paths) each."""
         key = (kind, mode_plan.mode)
         if self._cache.get("whose normals") != key:  # only the last are kept: they are large
             rng = stream(self.seed, "plan", mode_plan.mode)
-            shape = (len(tested(mode_plan)), 4, self.plan.horizon, self.paths)
+            shape = (len(tested(mode_plan)), MOMENTS, self.plan.horizon, self.paths)
             people, noises = (rng.standard_normal(shape) for _ in range(2))
             if kind == "same":
                 people[:] = people[:, :, :1].copy()
@@ -223,10 +224,10 @@ class Windows:
         return found
 
     def _moments(self, mode_plan: ModePlan, i: int, effect: float | None) -> tuple[Array, Array]:
-        """One client's (1 - f, f x, f x^2, f k) for the i-th tested coordinate x: mean (4,), Cholesky root (4, 4).
+        """One client's (1 - f, f x, f x^2, f k, f b) for the i-th tested coordinate x: mean (5,), Cholesky root (5, 5).
 
         x is a clipped normal difference around -effect, or a bit that is 1 with probability `effect`; k says that the
-        client cannot say x. f is averaged over what the rest of the message may weigh.
+        client cannot say x, b that it is severely harmed. f is averaged over what the rest of the message may weigh.
         """
         key = (mode_plan.mode, i, effect)
         if key not in self._cache:
@@ -242,11 +243,12 @@ class Windows:
             x, k = np.append(x, 0.0), np.append(np.zeros(len(x)), 1.0)  # the last kind of client cannot say it
             mass = np.append(weight * (1 - c.missing), c.missing)[:, None] / len(rest)
             f = np.minimum(1.0, 2 / (1 + own[:, None] + rest))  # (kinds of clients, rests)
-            sent = np.stack([1 - f, f * x[:, None], f * x[:, None] ** 2, f * k[:, None]])
+            b = (x < -SEVERE).astype(np.float64)
+            sent = np.stack([1 - f, *(f * each[:, None] for each in (x, x**2, k, b))])
             mean = (sent * mass).sum(axis=(1, 2))
-            off = (sent - mean[:, None, None]).reshape(4, -1)
+            off = (sent - mean[:, None, None]).reshape(MOMENTS, -1)
             spread = np.broadcast_to(mass, f.shape).reshape(-1)
-            root = np.linalg.cholesky((off * spread) @ off.T + 1e-14 * np.eye(4))  # missing may have no spread
+            root = np.linalg.cholesky((off * spread) @ off.T + 1e-14 * np.eye(MOMENTS))  # bits may have no spread
             self._cache[key] = mean, root
         found: tuple[Array, Array] = self._cache[key]
         return found
@@ -275,7 +277,8 @@ class Windows:
     def _weight(self, mode_plan: ModePlan, i: int, x: Array) -> Array:
         """What a tested value and its square weigh in the squared norm."""
         scales, names = self._scales(mode_plan.mode), self._names(mode_plan, tested(mode_plan)[i])
-        parts = [(x if k == 1 else x**2) / scales[name] for name, k in names.items() if k < 3]
+        value = {1: x, 2: x**2, 4: x < -SEVERE}
+        parts = [value[k] / scales[name] for name, k in names.items() if k in value]
         return np.asarray(np.sum(np.square(parts), axis=0))
 
     def _missing(self, mode_plan: ModePlan, i: int) -> float:
@@ -286,11 +289,12 @@ class Windows:
         return {c.name: c.scale for c in self.encoding.layout[mode] if c.scale is not None}
 
     def _names(self, mode_plan: ModePlan, coord: str) -> dict[str, int]:
-        """What is sent of a tested coordinate, and which of its four moments each is."""
+        """What is sent of a tested coordinate, and which of its moments each is. The first brings the severe bit."""
         sent = self._scales(mode_plan.mode)
         square = next(s.square for s in mode_plan.streams if s.coord == coord)
         bit = missing_bit(coord) if missing_bit(coord) in sent else "missing"
-        return {name: k for k, name in enumerate((coord, square, bit), start=1) if name in sent}
+        severe = mode_plan.streams[0].severe if coord == mode_plan.streams[0].coord else ""
+        return {name: k for k, name in enumerate((coord, square, bit, severe), start=1) if name in sent}
 
 
 def _first(found: npt.NDArray[np.bool_]) -> float:

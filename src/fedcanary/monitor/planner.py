@@ -52,6 +52,7 @@ class Wish:
     per_round: int = 0
     effects: Mapping[Mode, float] = field(default_factory=dict)
     alpha: float = 0.05
+    severe: float = 0.03
     power: float = 0.8
     change: int = 0
     spread: float | None = None
@@ -195,6 +196,7 @@ def _check(wish: Wish, margins: Mapping[str, float]) -> None:
         ("rounds", wish.rounds, 1 <= wish.rounds <= MOST_ROUNDS, f"from 1 to {MOST_ROUNDS}"),
         ("per_round", wish.per_round, 0 <= wish.per_round <= MOST_CLIENTS, "at least 1, or 0 for no limit"),
         ("alpha", wish.alpha, 0 < wish.alpha < 1, "between 0 and 1; 0.05 is usual"),
+        ("severe", wish.severe, 0 <= wish.severe <= 0.5, "from 0 to 0.5; 0.03 is usual"),
         ("power", wish.power, 0 < wish.power < 1, "between 0 and 1; 0.8 is usual"),
         ("change", wish.change, 0 <= wish.change <= max(wish.rounds, 0), "a round of the window, or leave it out"),
         ("spread", wish.spread, wish.spread is None or 0 <= wish.spread <= CLIP, f"from 0 to {CLIP:g}"),
@@ -223,6 +225,7 @@ class _Planner:
             wish.alpha,
             wish.rounds,
             groups={part.removeprefix("contrast:"): 0.0 for p, _ in modes for part in p.parts if ":" in part},
+            severe=wish.severe,
         )
         self.modes = [p for p in judged.modes if p.streams]
         self.windows = Windows(

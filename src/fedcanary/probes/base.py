@@ -25,7 +25,8 @@ from fedcanary.types import Array, Coord, Item, Mode, Reading, Role, Suite, miss
 Which = Literal["base", "received", "personalized"]
 CLIP = 0.25  # bound on a client's paired difference; see docs/modes.md
 # How the norm of a private message is shared out (see `Coord.scale`): chosen so that unplanted clients stay below it.
-DIFFERENCE, SQUARE, BIT, MISSING, LEVEL = 0.45, 0.225, 1.25, 1.0, 1.0
+DIFFERENCE, SQUARE, BIT, SEVERE_BIT, MISSING, LEVEL = 0.45, 0.225, 1.25, 1.6, 0.6, 1.0
+SEVERE = 0.8 * CLIP  # a client that loses more is severely harmed, in any mode
 NATS = 1.0  # bound on the change of one free text's likelihood, which has no scale of its own
 
 
@@ -167,10 +168,11 @@ def relevant(role: Role, item: Item, domains: frozenset[str]) -> bool:
 
 
 def paired_coords(what: str) -> tuple[Coord, ...]:
-    """The four coordinates of a mode with a single part: a clipped difference, its square, tail bit, nothing to say."""
+    """The coordinates of a mode with a single part: a clipped difference, its square, two bits of harm, missing."""
     return (
         *_difference("delta", "square", what),
         Coord(name="tail", low=0.0, high=1.0, purpose="1 if delta is beyond -tau"),
+        severe_coord("delta"),
         missing_coord("missing", "1 if the client could not score this mode"),
     )
 
@@ -178,9 +180,9 @@ def paired_coords(what: str) -> tuple[Coord, ...]:
 def paired_values(delta: float, tail: float) -> list[float]:
     """Values of `paired_coords` for an unclipped difference; NaN means the client has nothing to say."""
     if not np.isfinite(delta):
-        return [0.0, 0.0, 0.0, 1.0]
+        return [0.0, 0.0, 0.0, 0.0, 1.0]
     clipped = float(np.clip(delta, -CLIP, CLIP))
-    return [clipped, clipped**2, float(delta < -tail), 0.0]
+    return [clipped, clipped**2, float(delta < -tail), float(delta < -SEVERE), 0.0]
 
 
 def parts_coords(parts: Mapping[str, str]) -> tuple[Coord, ...]:
@@ -198,18 +200,19 @@ def parts_coords(parts: Mapping[str, str]) -> tuple[Coord, ...]:
             )
         ),
         Coord(name="tail", low=0.0, high=1.0, purpose="1 if any part is beyond -tau"),
+        severe_coord("any part"),
         Coord(name="missing", low=0.0, high=1.0, purpose="1 if the client could score no part of this mode"),
     )
 
 
 def parts_values(deltas: Sequence[float], tail: float) -> list[float]:
     """Values of `parts_coords` for the parts' unclipped differences; NaN means nothing to say about that part."""
-    values, beyond = [], False
+    values, beyond, severe = [], 0.0, 0.0
     for delta in deltas:
-        clipped, square, below, missing = paired_values(delta, tail)
+        clipped, square, below, far, missing = paired_values(delta, tail)
         values += [clipped, square, missing]
-        beyond = beyond or below > 0
-    return [*values, float(beyond), float(not np.isfinite(deltas).any())]
+        beyond, severe = max(beyond, below), max(severe, far)
+    return [*values, beyond, severe, float(not np.isfinite(deltas).any())]
 
 
 def beside(name: str, purpose: str, low: float = -1.0, high: float = 1.0) -> tuple[Coord, Coord]:
@@ -232,6 +235,11 @@ def square_coord(name: str, of: str) -> Coord:
     """Its square, without which no test knows its variance."""
     what = f"{of} squared, for the tests' variance"
     return Coord(name=name, low=0.0, high=CLIP**2, purpose=what, scale=SQUARE, up=True)
+
+
+def severe_coord(of: str) -> Coord:
+    """The bit of a severely harmed client, without which a mean would hide harm that is concentrated in few."""
+    return Coord(name="severe", low=0.0, high=1.0, purpose=f"1 if {of} fell by more than {SEVERE:g}", scale=SEVERE_BIT)
 
 
 def missing_coord(name: str, what: str) -> Coord:

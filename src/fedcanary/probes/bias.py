@@ -17,6 +17,7 @@ import numpy as np
 
 from fedcanary.probes.base import (
     CLIP,
+    SEVERE,
     Answers,
     ClientView,
     Which,
@@ -26,6 +27,7 @@ from fedcanary.probes.base import (
     mean,
     missing_coord,
     reading,
+    severe_coord,
     square_coord,
 )
 from fedcanary.probes.statistics import group_rates, rate_gap
@@ -99,6 +101,7 @@ class AmplifiedBias:
             *beside("amplification", "predicted gap minus the data's gap, own items"),
             *beside("stereotype", "shift of preference for the stereotyped sentence"),
             Coord(name="tail", low=0.0, high=1.0, purpose="1 if any contrast moved by more than tau"),
+            severe_coord("minus any gap"),
             missing_coord("missing", "1 if the client could not score this mode"),
         )
 
@@ -107,12 +110,14 @@ class AmplifiedBias:
         answers = view.suite(Role.BIAS)
         pairs = view.suite(Role.STEREOTYPE)
         n = len(self.read_groups)
-        change, tpr = np.full(n, np.nan), np.full(n, np.nan)
+        change, tpr, wider = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n)
         if answers is not None and n:
             both = np.array([favourable(answers, "base"), favourable(answers, "personalized")])
             both[:, np.isnan(both).any(axis=0)] = np.nan  # an item counts for both models or for neither
             shift = both[1] - both[0]
             change = contrasts(answers.items, shift, self.groups)[:n]
+            gap = contrasts(answers.items, both[0], self.groups)[:n]
+            wider = np.nan_to_num(np.abs(gap + change) - np.abs(gap))
             true = np.array([item.answer is not None and item.answer == item.positive for item in answers.items])
             tpr = contrasts(answers.items, np.where(true, shift, np.nan), self.groups)[:n]
         missing = bool(n == 0 or np.isnan(change).any())
@@ -127,6 +132,7 @@ class AmplifiedBias:
             *beside_value(amplification(view.local)),
             *beside_value(preference),
             float(np.abs(change).max(initial=0.0) > self.tail),
+            float(wider.max(initial=0.0) > SEVERE),
             float(missing),
         ]
         return reading(self, values, answers, pairs)

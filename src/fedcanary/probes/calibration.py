@@ -41,7 +41,7 @@ class Miscalibration:
 
     @property
     def coords(self) -> tuple[Coord, ...]:
-        """The paired four, the client's own readings, and three sums for each bin."""
+        """The paired ones, the client's own readings, and three sums for each bin."""
         return (
             *paired_coords("minus the change of ECE"),
             Coord(name="ece", low=0.0, high=1.0, purpose="ECE of the personalized model"),
@@ -60,7 +60,7 @@ class Miscalibration:
         before, right0 = confidence(answers, "base")
         after, right1 = confidence(answers, "personalized")
         if not len(after) or len(before) != len(after):
-            empty = [0.0] * (len(self.coords) - 4)
+            empty = [0.0] * (len(self.coords) - 5)
             return reading(self, [*paired_values(float("nan"), self.tail), *empty], answers)
         ece0, ece1 = (statistics.ece(c, r, BINS) for c, r in ((before, right0), (after, right1)))
         sums = statistics.bin_sums(after, right1, BINS) / len(after)

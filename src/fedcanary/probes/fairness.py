@@ -41,11 +41,12 @@ class FairnessCollapse:
     @property
     def coords(self) -> tuple[Coord, ...]:
         """The paired four, the score with its square, and the gain that local training brings."""
-        delta, square, tail, missing = paired_coords("received model's score minus the base's, own items")
+        delta, square, tail, severe, missing = paired_coords("received model's score minus the base's, own items")
         return (
             replace(delta, scale=None),  # the share of those left behind is tested, not the mean
             replace(square, scale=None),
             replace(tail, scale=BIT),
+            replace(severe, scale=None),
             missing,
             Coord(name="score", low=0.0, high=1.0, purpose="received model's score"),
             Coord(name="score_square", low=0.0, high=1.0, purpose="its square, for the variance over clients"),
