@@ -175,6 +175,94 @@ def test_log_mean_exp_of_nothing_gained():
     assert e.log_mean_exp([2000.0, 2000.0]) == 2000.0
 
 
+# --- discrete Laplace noise -------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.3, 0.9), st.floats(0.02, 1.0), st.integers(2, 200), st.integers(0, 20), st.data())
+def test_discrete_laplace_noise_is_paid_for_exactly(p, share, n, ones, data):
+    """One count under noise of P(k) = (1 - p) / (1 + p) p^|k|: the mean over all k is the noiseless e-value."""
+    lam = data.draw(st.floats(0.01, 0.6)) * -math.log(p)  # within the moments that exist
+    k = np.arange(-4000, 4001)
+    weights = math.log((1 - p) / (1 + p)) + np.abs(k) * math.log(p)
+    std = math.sqrt(2 * p) / (1 - p)
+    share = min(share, 0.9)
+    for function in (e.log_bits_above, e.log_bits_below):
+        exact = function(e.Sums(n=n, b=float(ones)), share, lam)
+        noisy = function(e.Sums(n=n, b=ones + k.astype(float), b_std=std, step=1.0), share, lam)
+        assert np.logaddexp.reduce(weights + noisy - exact) == pytest.approx(0.0, abs=1e-9)
+        gaussian = function(e.Sums(n=n, b=ones + k.astype(float), b_std=std), share, lam)
+        assert np.logaddexp.reduce(weights + gaussian - exact) >= 0.0  # taken for Gaussian, it would not be an e-value
+
+
+def test_a_bet_beyond_the_moments_of_laplace_noise_wins_nothing():
+    assert e.log_bits_above(e.Sums(n=10, b=10.0, b_std=3.0, step=1.0), 0.1, 2.0) == -math.inf
+
+
+# --- spread ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(-CLIP, CLIP), st.floats(0.05, 1)), min_size=2, max_size=4),
+    st.integers(1, 4),
+    st.sampled_from(BITS),
+)
+def test_spread_has_mean_e_value_at_most_one_at_the_very_variance(law, n, lam):
+    """Any distribution, whatever its mean: enumerated, with the variance allowed exactly its own."""
+    points, weights = zip(*law, strict=True)
+    p = np.array(weights) / sum(weights)
+    variance = float(p @ np.square(points) - (p @ np.array(points)) ** 2)
+
+    def sums(d) -> e.Sums:
+        return e.Sums(n=len(d), s=float(np.sum(d)), q=float(np.square(d).sum()))
+
+    for function in (e.log_spread_above, e.log_spread_below):
+        mean = expectation(points, p.tolist(), n, lambda d, f=function: math.exp(f(sums(d), max(variance, 0.0), lam)))
+        assert mean <= 1 + EDGE
+
+
+def test_spread_is_seen_while_the_mean_stands_still():
+    """300 clients at -.2, 0 and .2 in equal parts: variance .0267 against .01; then the other way round."""
+    d = np.repeat([-0.2, 0.0, 0.2], 100)
+    wide = e.Sums(n=300, s=float(d.sum()), q=float((d**2).sum()))
+    assert max(e.log_spread_above(wide, 0.01, lam) for lam in BITS) > math.log(120)
+    assert max(e.log_spread_below(wide, 0.01, lam) for lam in BITS) < 0
+    narrow = e.Sums(n=300, s=300 * 0.1, q=300 * 0.1**2)  # all gained the same: no spread at all
+    assert max(e.log_spread_above(narrow, 0.01, lam) for lam in BITS) < 0
+    assert max(e.log_spread_below(narrow, 0.01, lam) for lam in BITS) > math.log(120)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(-CLIP, CLIP), st.booleans()), min_size=2, max_size=30),
+    st.floats(0.001, 0.06),
+    st.sampled_from(BITS),
+)
+def test_shrinkage_and_missing_clients_never_help_a_spread(clients, variance, lam):
+    f, d, k = (np.array(column, dtype=float) for column in zip(*clients, strict=True))
+    d = d * (1 - k)
+    x = e.Sums(n=len(f), s=float(f @ d), q=float(f @ d**2), missing=float(f @ k), lost=float((1 - f).sum()))
+    full = e.Sums(n=len(f), s=float(d.sum()), q=float((d**2).sum()))
+    assert e.log_spread_above(x, variance, lam) <= e.log_spread_above(full, variance, lam) + 1e-9
+    said = replace(full, missing=float(k.sum()))
+    assert e.log_spread_below(x, variance, lam) <= e.log_spread_below(said, variance, lam) + 1e-9
+
+
+@pytest.mark.parametrize("function", [e.log_spread_above, e.log_spread_below])
+@pytest.mark.parametrize("name", ["s", "q", "lost", "missing"])
+def test_noise_on_a_spread_is_paid_for(function, name):
+    """With noise on one sum the e-value's mean is at most what it is without."""
+    exact = e.Sums(n=200, s=1.0, q=3.0, lost=2.0, missing=1.0)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    weights = weights / weights.sum()
+    for std in (0.1, 1.0):
+        noisy = [
+            function(replace(exact, **{name: getattr(exact, name) + std * z, f"{name}_std": std}), 0.02, 0.5)
+            for z in nodes
+        ]
+        mean = float(weights @ np.exp(np.array(noisy) - float(function(exact, 0.02, 0.5))))
+        assert mean <= 1 + 1e-6
+
+
 # --- harm that is concentrated in few clients -------------------------------------------------------------------
 
 

@@ -449,38 +449,6 @@ def test_the_policy_holds_only_at_an_alarm_and_when_told(state, policy, action):
     assert bool(verdict.reasons) == (state == "alarm")
 
 
-def test_the_graph_is_the_published_one():
-    modes = list(Mode)
-    number = {mode: i for i, mode in enumerate(modes, start=1)}
-    assert {(number[a], number[b]) for a, b in PRIMARY} == {(1, 2), (1, 3), (2, 4), (2, 5), (3, 6), (5, 6)}
-    assert {(number[a], number[b]) for a, b in FEEDBACK} == {(3, 4), (4, 6), (6, 1)}
-
-
-@pytest.mark.parametrize(
-    ("since", "upstream"),
-    [
-        ({3: 2, 5: 4, 6: 4}, [3, 5]),  # both parents, one earlier and one in the same round
-        ({3: 5, 5: 9, 6: 4}, []),  # parents that came later
-        ({4: 1, 6: 4}, [4]),  # by a feedback edge
-        ({1: 1, 2: 1, 6: 4}, []),  # only direct parents count
-        ({3: 2}, []),  # the mode itself is not in alarm
-    ],
-)
-def test_likely_upstream(since, upstream):
-    modes = list(Mode)
-    started = {modes[k - 1]: t for k, t in since.items()}
-    states = {mode: "alarm" if mode in started else "clear" for mode in modes}
-    assert list(likely_upstream(EROSION, states, started)) == [modes[k - 1] for k in upstream]
-
-
-def test_a_mode_that_is_not_in_alarm_has_no_upstream_and_is_none():
-    states = dict.fromkeys(Mode, "alarm") | {Mode.FAIRNESS_COLLAPSE: "unknown"}
-    since = dict.fromkeys(Mode, 1)
-    assert Mode.FAIRNESS_COLLAPSE not in likely_upstream(EROSION, states, since)
-    assert likely_upstream(Mode.FAIRNESS_COLLAPSE, states, since) == ()
-    assert likely_upstream(EROSION, {EROSION: "alarm"}, {EROSION: None}) == ()
-
-
 def test_evidence_of_an_unbroken_drop_only_grows():
     table = walk(plan(), only(EROSION, [[-0.1] * 25] * 8))
     values = [t[EROSION].e_worse for t in table]

@@ -113,7 +113,20 @@ def test_a_reading_that_is_not_finite_is_refused(value):
 
 def test_a_client_without_the_bound_would_be_seen(monkeypatch):
     """The planted bug: the bound left out. The norm test above must then fail."""
-    monkeypatch.setattr(encode, "shrink", lambda w: np.append(w, 0.0))
+    monkeypatch.setattr(encode, "shrink", lambda w: np.pad(w, ((0, 0), (0, 1))))
     layout = {"p": tuple(Coord(name=n, low=-1, high=1, purpose="x", scale=0.4) for n in "abc")}
     message = Encoding(layout).message({"p": np.ones(3)})
     assert int((message.astype(object) ** 2).sum()) > UNIT**2
+
+
+@given(st.integers(1, 6), st.data())
+def test_many_messages_at_once_are_the_messages_one_by_one(n, data):
+    rows = [data.draw(readings()) for _ in range(n)]
+    many = ENCODING.messages({probe: np.array([row[probe] for row in rows]) for probe in ENCODING.layout})
+    np.testing.assert_array_equal(many, [ENCODING.message(row) for row in rows])
+    sums, lost, std = ENCODING.read(np.stack([many.sum(axis=0)] * 3), n, 2.0)
+    one, lost_of_one, std_of_one = ENCODING.read(many.sum(axis=0), n, 2.0)
+    assert std == std_of_one
+    np.testing.assert_array_equal(lost, [lost_of_one] * 3)
+    for probe in ENCODING.layout:
+        np.testing.assert_array_equal(sums[probe].total, [one[probe].total] * 3)

@@ -19,14 +19,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any, Final
+
+import numpy as np
 
 from fedcanary.monitor import eprocess
-from fedcanary.probes.base import SEVERE
+from fedcanary.probes.base import CLIP, SEVERE
+from fedcanary.probes.calibration import BINS, SIGNED
 from fedcanary.types import Evidence, Mode, Release, State, missing_bit
 
 WINDOW = 3
+SIGNS: Final = tuple(product((1, -1), repeat=BINS))  # patterns of signs over the calibration bins
 REACH = SEVERE  # a margin at or beyond the clip cannot be seen in clipped values, so no `clear` leans on it
 
 
@@ -34,11 +39,15 @@ REACH = SEVERE  # a margin at or beyond the clip cannot be seen in clipped value
 class Stream:
     """One question. `sign=-1` mirrors the coordinate, so that "negative is worse" always holds.
 
-    A mean's alarm is also about the share of clients whose bit `severe` is set, if there is one: at most `share`.
+    kind      coord            the alarm is against
+    mean      a difference     mean >= -margin; and, if there is a bit `severe`, a share of it of at most `share`
+    share     a bit            share of ones <= margin
+    spread    a difference     variance over the clients <= margin, whatever the mean
+    pooled    "signed"         sum over bins of |mean of signed:bin| <= margin: the error of all clients pooled
     """
 
     name: str
-    kind: str  # "mean" or "share"
+    kind: str
     coord: str
     square: str = ""
     margin: float
@@ -103,11 +112,15 @@ def plan(
     *,
     groups: Mapping[str, float],
     severe: float = 0.0,
+    spread: float = 0.0,
+    pooled: float = 0.0,
     epochs: int = 1,
 ) -> Plan:
     """The default plan: a stream for each part of a mode.
 
-    `severe` is the share of clients that may fall by more than `probes.base.SEVERE`; 0: that is not asked.
+    `severe` is the share of clients that may fall by more than `probes.base.SEVERE`, `spread` the variance of the
+    clients' change of score that mode 3 allows, `pooled` the calibration error of all clients pooled that mode 2 does;
+    0: that is not asked.
 
     `groups` maps a group that mode 1 reads to the base's own contrast of it.
     For a group whose base contrast is r, widening means |r + mean change| > |r| + margin: upwards the change may go to
@@ -133,8 +146,12 @@ def plan(
             ]
         elif mode == Mode.FAIRNESS_COLLAPSE:
             streams = [Stream(name="left behind", kind="share", coord="tail", margin=margin)]
+            if spread:
+                streams.append(Stream(name="spread", kind="spread", coord="delta", square="square", margin=spread))
         else:
             streams = [_part(part, margin, severe) for part in parts[mode]]
+            if pooled and mode == Mode.CONFIDENCE_MISCALIBRATION:
+                streams.append(Stream(name="pooled", kind="pooled", coord=SIGNED, square="ece_square", margin=pooled))
         modes.append(ModePlan(mode=mode, unit=units[mode], margin=margin, streams=tuple(streams)))
     return Plan(modes=tuple(modes), alpha=alpha, horizon=horizon, epochs=epochs)
 
@@ -207,36 +224,67 @@ def _advance(plan: Plan, stream: Stream, old: StreamState, release: Release | No
 
 def bets_of(stream: Stream) -> Sequence[object]:
     """What a stream's alarm bets on, one for each of `StreamState.worse`."""
-    return eprocess.ABOVE if stream.kind == "share" else eprocess.WORSE if stream.severe else eprocess.PLAIN
+    if stream.kind == "pooled":
+        return [(signs, effect) for signs in SIGNS for effect in eprocess.PLAIN]
+    if stream.kind == "mean":
+        return eprocess.WORSE if stream.severe else eprocess.PLAIN
+    return eprocess.ABOVE
 
 
 def _logs(stream: Stream, release: Release) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """A round's log e-values, worse and clear, one for each bet."""
     margin, missing = stream.margin, release.missing_coord(stream.coord)
-    common = {
-        "n": release.count,
-        "missing": release.sum(missing) if missing else 0.0,
-        "missing_std": release.noise(missing) if missing else 0.0,
-        "lost": release.lost,
-        "lost_std": release.lost_std,
-    }
+    x = eprocess.Sums(
+        n=release.count,
+        missing=release.sum(missing) if missing else 0.0,
+        missing_std=release.noise(missing) if missing else 0.0,
+        lost=release.lost,
+        lost_std=release.lost_std,
+    )
+    if stream.square:
+        x = replace(x, q=release.sum(stream.square), q_std=release.noise(stream.square))
+    if stream.kind == "pooled":
+        return _pooled_logs(x, margin, release)
     bit = stream.coord if stream.kind == "share" else stream.severe
     if bit:
-        common |= {"b": release.sum(bit), "b_std": release.noise(bit)}
+        x = replace(x, b=release.sum(bit), b_std=release.noise(bit))
     if stream.kind == "share":
-        x = eprocess.Sums(**common)
         return (
             tuple(eprocess.log_bits_above(x, margin, lam) for lam in eprocess.above_bets(x, margin)),
             tuple(eprocess.log_bits_below(x, margin, lam) for lam in eprocess.below_bets(x, margin)),
         )
-    square = {"q": release.sum(stream.square), "q_std": release.noise(stream.square)}
-    x = eprocess.Sums(s=stream.sign * release.sum(stream.coord), s_std=release.noise(stream.coord), **square, **common)
-    share, near = stream.share if stream.severe else None, min(margin, REACH)
-    bets = eprocess.worse_bets(x, margin, share)
+    x = replace(x, s=stream.sign * release.sum(stream.coord), s_std=release.noise(stream.coord))
+    if stream.kind == "spread":
+        share, as_bit = min(margin / CLIP**2, 0.5), replace(x, b_std=x.q_std / CLIP**2)
+        return (
+            tuple(eprocess.log_spread_above(x, margin, lam) for lam in eprocess.above_bets(as_bit, share)),
+            tuple(eprocess.log_spread_below(x, margin, lam) for lam in eprocess.below_bets(as_bit, share)),
+        )
+    share_of, near = stream.share if stream.severe else None, min(margin, REACH)
+    bets = eprocess.worse_bets(x, margin, share_of)
     return (
-        tuple(eprocess.log_worse(x, margin, lam, tilt, share or 0.0) for lam, tilt in bets),
+        tuple(eprocess.log_worse(x, margin, lam, tilt, share_of or 0.0) for lam, tilt in bets),
         tuple(eprocess.log_clear(x, near, lam) for lam in eprocess.clear_bets(x, near)),
     )
+
+
+def _pooled_logs(x: eprocess.Sums, margin: float, release: Release) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of sum over bins |mean_b| against the margin: it is the largest, over all patterns of signs, of the signed sums.
+
+    So whatever the truth, each pattern's mean is within the margin if the pooled error is, and one e-value against
+    each is evidence: no maximum is taken over noise. For clear all patterns must be within it: the least over them.
+    """
+    bins = [release.sum(f"{SIGNED}:{b}") for b in range(BINS)]
+    std = math.hypot(*(release.noise(f"{SIGNED}:{b}") for b in range(BINS)))
+    each = [replace(x, s=-sum(g * v for g, v in zip(signs, bins, strict=True)), s_std=std) for signs in SIGNS]
+    worse = [
+        eprocess.log_worse(y, margin, lam, clip=1.0)
+        for y in each
+        for lam, _ in eprocess.worse_bets(y, margin, None, clip=1.0)
+    ]
+    bets = eprocess.clear_bets(each[0], margin, clip=1.0)
+    clear = [np.minimum.reduce([eprocess.log_clear(y, margin, lam, clip=1.0) for y in each]) for lam in bets]
+    return tuple(worse), tuple(clear)
 
 
 def _capital(worse: Sequence[float], remaining: float) -> float:
@@ -286,7 +334,7 @@ def _evidence(
 
 
 def _auxiliary(coord: str) -> bool:
-    return "square" in coord or coord in ("missing", "severe") or coord.endswith(missing_bit(""))
+    return "square" in coord or coord in ("missing", "severe") or coord.endswith(missing_bit("")) or SIGNED in coord
 
 
 def _why(state: State, clear: float, release: Release, plan: Plan, streams: Sequence[Stream]) -> str:
@@ -308,7 +356,7 @@ def worst(mode_plan: ModePlan, mean_of: Callable[[Stream], float]) -> tuple[floa
     found = [
         (value if stream.kind == "share" else -stream.sign * value - (stream.margin - mode_plan.margin), stream)
         for stream in mode_plan.streams
-        if math.isfinite(value := mean_of(stream))
+        if stream.kind in ("mean", "share") and math.isfinite(value := mean_of(stream))
     ]
     return max(found, key=lambda pair: pair[0], default=(math.nan, None))
 

@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from fedcanary.probes.base import CLIP
 
 # What is bet on: by how much the mean is beyond its margin, and the share of severe clients beyond theirs.
@@ -33,6 +35,7 @@ WITHIN: Final = (0.35, 0.65, 1.0)  # by how much of its margin a mean, or of its
 VARIANCE = 0.01  # of a client's difference; only the bets' sizes rest on it
 SAFE = 0.8  # of the largest bet that could lose everything
 STEEPEST = 3.0  # bet on a share
+CENTERS: Final = tuple(k / 5 for k in range(-5, 6))  # around which a spread is taken, in units of the clip
 LEAST = 0.005  # effect that a bet is made for
 
 
@@ -52,7 +55,8 @@ class Sums:
     `s`, `q`, `b` are the sums of f d, f d^2 and f b (a bit), `missing` of f k (k = 1 if the client cannot say: its
     other values are 0), `lost` of 1 - f; each with the standard deviation of its noise, which must be sub-Gaussian with
     that parameter and independent from sum to sum (Gaussian and discrete Gaussian noise are: Canonne, Kamath & Steinke
-    2020, arXiv 2004.00010, section 2). Exact sums have all those at 0, and `lost` too.
+    2020, arXiv 2004.00010, section 2). Exact sums have all those at 0, and `lost` too. Where `step` is not 0, the noise
+    on every sum is discrete Laplace on its multiples instead (one count alone is best noised so).
     """
 
     n: float
@@ -66,6 +70,7 @@ class Sums:
     b_std: float = 0.0
     missing_std: float = 0.0
     lost_std: float = 0.0
+    step: float = 0.0
 
 
 def log_worse(x: Sums, margin: float, lam: float, tilt: float = 0.0, share: float = 0.0, clip: float = CLIP) -> Any:
@@ -86,6 +91,7 @@ def log_worse(x: Sums, margin: float, lam: float, tilt: float = 0.0, share: floa
     bb = (1 - 2 * share) * x.b + x.n * share**2
     zz = lam**2 * yy + cross * (max(clip - margin, 0.0) * x.b + share * y) + tilt**2 * bb
     paid = _paid(
+        x,
         (lam + k * (2 * margin * lam**2 + cross * share), x.s_std),
         (k * lam**2, x.q_std),
         (tilt - k * (cross * max(clip - margin, 0.0) + tilt**2 * (1 - 2 * share)), x.b_std),
@@ -112,6 +118,7 @@ def log_clear(x: Sums, margin: float, lam: float, clip: float = CLIP) -> Any:
         lam * y
         - a * yy
         - _paid(
+            x,
             (lam - 2 * a * margin, x.s_std),
             (a, x.q_std),
             (lam * clip + a * lost, x.lost_std),
@@ -125,7 +132,7 @@ def log_bits_above(x: Sums, share: float, lam: float) -> Any:
 
     f b <= b, so shrinkage can only hide ones here.
     """
-    return lam * x.b - x.n * math.log1p(share * math.expm1(lam)) - _paid((lam, x.b_std))
+    return lam * x.b - x.n * math.log1p(share * math.expm1(lam)) - _paid(x, (lam, x.b_std))
 
 
 def log_bits_below(x: Sums, share: float, lam: float) -> Any:
@@ -134,8 +141,46 @@ def log_bits_below(x: Sums, share: float, lam: float) -> Any:
     b <= f b + f k + (1 - f) for b or k in {0, 1}.
     """
     ones = x.b + x.missing + x.lost
-    paid = _paid((lam, x.b_std), (lam, x.missing_std), (lam, x.lost_std))
+    paid = _paid(x, (lam, x.b_std), (lam, x.missing_std), (lam, x.lost_std))
     return -lam * ones - x.n * math.log1p(share * math.expm1(-lam)) - paid
+
+
+def log_spread_above(x: Sums, variance: float, lam: float, clip: float = CLIP) -> Any:
+    """Log e-value against "the clients' variance of d is at most `variance`", whatever their mean is.
+
+    For any center m, u = (d - m)^2 / (clip + |m|)^2 is in [0, 1], and for one of CENTERS within half a step of the
+    mean E u <= (variance + (step / 2)^2) / (clip + |m|)^2 under the hypothesis: then the Bernoulli bound of
+    `log_bits_above` holds, as u is bounded (Hoeffding 1963). The least over the centers is below the right one's.
+    f (d - m)^2 <= (d - m)^2, so shrinkage can only hide spread; who cannot say adds none.
+    """
+    step = CENTERS[1] - CENTERS[0]
+    logs = []
+    for m in (clip * c for c in CENTERS):
+        square = (clip + abs(m)) ** 2
+        share = min((variance + (clip * step / 2) ** 2) / square, 1.0)
+        a = lam / square
+        u = a * (x.q - 2 * m * x.s + m**2 * (x.n - x.lost - x.missing))
+        paid = _paid(x, (a, x.q_std), (2 * a * m, x.s_std), (a * m**2, x.lost_std), (a * m**2, x.missing_std))
+        logs.append(u - x.n * math.log1p(share * math.expm1(lam)) - paid)
+    return np.minimum.reduce(logs)
+
+
+def log_spread_below(x: Sums, variance: float, lam: float, clip: float = CLIP) -> Any:
+    """Log e-value against "the clients' variance of d is at least `variance`", missing and lost ones at the worst.
+
+    Then E (d - m)^2 >= variance for every m, and the mean of e-values over CENTERS is one.
+    """
+    logs = []
+    for m in (clip * c for c in CENTERS):
+        square = (clip + abs(m)) ** 2
+        a = lam / square
+        worst = x.missing + x.lost
+        u = a * (x.q - 2 * m * x.s + m**2 * (x.n - worst)) + lam * worst
+        rest = lam - a * m**2
+        paid = _paid(x, (a, x.q_std), (2 * a * m, x.s_std), (rest, x.lost_std), (rest, x.missing_std))
+        share = min(variance / square, 1.0)
+        logs.append(-u - x.n * math.log1p(share * math.expm1(-lam)) - paid)
+    return np.logaddexp.reduce(logs) - math.log(len(logs))
 
 
 def worse_bets(x: Sums, margin: float, share: float | None, clip: float = CLIP) -> list[tuple[float, float]]:
@@ -187,9 +232,17 @@ def _log_odds(low: float, high: float) -> float:
     return min(math.log(high / (1 - high) * (1 - low) / low), STEEPEST)
 
 
-def _paid(*terms: tuple[float, float]) -> float:
-    """What noise of standard deviation std, entering the exponent with a factor, costs: half the squares' sum."""
-    return math.fsum((factor * std) ** 2 for factor, std in terms) / 2
+def _paid(x: Sums, *terms: tuple[float, float]) -> float:
+    """What noise of standard deviation std, entering the exponent with a factor, costs: its log moment function.
+
+    Gaussian: half the squares' sum, which also bounds discrete Gaussian noise. Discrete Laplace of variance v (in steps
+    squared): -log(1 - v (cosh(a) - 1)) at a factor of a per step, from its probabilities (1 - p) / (1 + p) p^|k| with v
+    = 2 p / (1 - p)^2 (Inusah & Kozubowski 2006, section 2); infinite where it has no such moment.
+    """
+    if not x.step:
+        return math.fsum((factor * std) ** 2 for factor, std in terms) / 2
+    left = [1 - (std / x.step) ** 2 * (math.cosh(factor * x.step) - 1) for factor, std in terms]
+    return math.inf if min(left) <= 0 else -math.fsum(map(math.log, left))
 
 
 def log_mean_exp(logs: Sequence[float]) -> float:

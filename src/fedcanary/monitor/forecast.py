@@ -277,7 +277,7 @@ class Windows:
     def _weight(self, mode_plan: ModePlan, i: int, x: Array) -> Array:
         """What a tested value and its square weigh in the squared norm."""
         scales, names = self._scales(mode_plan.mode), self._names(mode_plan, tested(mode_plan)[i])
-        value = {1: x, 2: x**2, 4: x < -SEVERE}
+        value: dict[int, Array] = {1: x, 2: x**2, 4: np.where(x < -SEVERE, 1.0, 0.0)}
         parts = [value[k] / scales[name] for name, k in names.items() if k in value]
         return np.asarray(np.sum(np.square(parts), axis=0))
 

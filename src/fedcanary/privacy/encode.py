@@ -23,6 +23,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +37,7 @@ UNIT = 1 << 16  # the integer that stands for 1; also the L2 sensitivity of the 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sums:
-    """What a sum of messages says of one probe: total and noise std (K,) of its coordinates."""
+    """What a sum of messages says of one probe: total (K,) and noise std (K,) of its coordinates."""
 
     coords: tuple[str, ...]
     total: Array
@@ -60,13 +62,15 @@ class Encoding:
 
     def message(self, readings: Mapping[str, Array]) -> Integers:
         """(K + 1,) integers of L2 norm at most UNIT, from values (K_p,) by probe. Raises ValueError unless finite."""
-        w = []
-        for probe, coords in self.layout.items():
-            values = dict(zip((c.name for c in coords), readings[probe].tolist(), strict=True))
-            w += [_weight(c, values) for c in coords if c.scale is not None]
+        found: Integers = self.messages({probe: values[None] for probe, values in readings.items()})[0]
+        return found
+
+    def messages(self, readings: Mapping[str, Array]) -> Integers:
+        """(n, K + 1) integers for n clients at once, from values (n, K_p) by probe. Raises ValueError unless finite."""
+        w = np.concatenate([_weights(coords, readings[probe]) for probe, coords in self.layout.items()], axis=-1)
         if not np.isfinite(w).all():
             raise ValueError("a reading is not finite")
-        scaled = (UNIT - math.sqrt(self.size)) * shrink(np.array(w, dtype=np.float64))
+        scaled = (UNIT - math.sqrt(self.size)) * shrink(w)
         up = np.array([*(c.up for _, c in self.sent), True])
         return np.where(up, np.ceil(scaled), np.trunc(scaled)).astype(np.int64)
 
@@ -78,28 +82,32 @@ class Encoding:
         """
         return reach(min(moves[probe][c.name] / items, c.high - c.low) / (c.scale or 1.0) for probe, c in self.sent)
 
-    def read(self, total: Integers, count: int, std: float) -> tuple[dict[str, Sums], float, float]:
+    def read(self, total: Integers, count: int, std: float) -> tuple[dict[str, Sums], Any, float]:
         """Sums by probe, the lost mass and its noise std, from the noised integer sum (K + 1,) over `count` clients.
 
         `std` is the standard deviation of the integers' noise. The sums are of f x over the clients that could say x.
+        Of many sums (..., K + 1) at once it gives totals (..., K_p) and lost masses (...).
         """
         unit = UNIT - math.sqrt(self.size)
         real, noise = total.astype(np.float64) / unit, std / unit
-        lost = float(real[-1])
+        lost = real[..., -1]
         found, at = {}, 0
         for probe, coords in self.layout.items():
             sent = [c for c in coords if c.scale is not None]
             scale = np.array([c.scale for c in sent], dtype=np.float64)
             zero = np.array([c.zero for c in sent], dtype=np.float64)
-            total_of = real[at : at + len(sent)] * scale
+            total_of = real[..., at : at + len(sent)] * scale
             names = tuple(c.name for c in sent)
             # Who could not say a coordinate is not in its sum: counted by its own bit, or else by the probe's.
             bits = [next((b for b in (missing_bit(n), "missing") if b in names), None) for n in names]
-            missing = np.array([total_of[names.index(b)] if b else 0.0 for b in bits])
+            missing = np.zeros_like(total_of)
+            for k, bit in enumerate(bits):
+                if bit:
+                    missing[..., k] = total_of[..., names.index(bit)]
             spread = np.array([scale[names.index(b)] if b else 0.0 for b in bits])
             found[probe] = Sums(
                 coords=names,
-                total=total_of + zero * (count - lost - missing),
+                total=total_of + zero * (count - lost[..., None] - missing),
                 noise_std=np.sqrt(scale**2 + zero**2 * (1 + spread**2)) * noise,
             )
             at += len(sent)
@@ -113,14 +121,28 @@ def reach(steps: Iterable[float]) -> float:
 
 
 def shrink(w: Array) -> Array:
-    """(K + 1,) of L2 norm at most 1: the inverse stereographic image of w (K,) outside the unit ball; see above."""
-    square = float(w @ w)
-    f = min(1.0, 2.0 / (1.0 + square))
-    return np.append(f * w, 1.0 - f)
+    """(..., K + 1) of L2 norm at most 1: the inverse stereographic image of w (..., K) outside the unit ball."""
+    f = np.minimum(1.0, 2.0 / (1.0 + np.square(w).sum(axis=-1, keepdims=True)))
+    return np.concatenate([f * w, 1.0 - f], axis=-1)
 
 
-def _weight(coord: Coord, values: Mapping[str, float]) -> float:
-    """The coordinate's w; 0 for what the client could not say, and less for what only some of its items could."""
-    own, whole = (values.get(bit, 0.0) for bit in (missing_bit(coord.name), "missing"))
-    said = 1.0 if coord.name == "missing" else 1.0 - (own or whole)
-    return 0.0 if coord.scale is None else said * (values[coord.name] - coord.zero) / coord.scale
+def _weights(coords: Sequence[Coord], values: Array) -> Array:
+    """The clients' w (n, K) of what is sent of (n, K_p) values; 0 for what a client could not say.
+
+    Less, in proportion, for what only some of its items could say.
+    """
+    sent, own, whole, zero, scale = _columns(tuple(coords))
+    bits = np.concatenate([values, np.zeros((len(values), 1))], axis=1)  # the last column stands for "no such bit"
+    unsaid = np.where(bits[:, own] > 0, bits[:, own], bits[:, whole])
+    return np.asarray((1.0 - unsaid) * (values[:, sent] - zero) / scale)
+
+
+@cache
+def _columns(coords: tuple[Coord, ...]) -> tuple[Array, ...]:
+    """Of each coordinate sent: its column, those of its own missing bit and of the probe's, zero and scale."""
+    at = {c.name: k for k, c in enumerate(coords)}
+    sent = [c for c in coords if c.scale is not None]
+    own = [at.get(missing_bit(c.name), -1) for c in sent]
+    whole = [-1 if c.name == "missing" else at.get("missing", -1) for c in sent]
+    columns = [np.array(k, dtype=np.int64) for k in ([at[c.name] for c in sent], own, whole)]
+    return (*columns, np.array([c.zero for c in sent]), np.array([c.scale for c in sent], dtype=np.float64))

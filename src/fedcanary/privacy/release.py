@@ -215,7 +215,9 @@ class Gate:
     def _open(self, total: Integers, count: int) -> dict[str, Release]:
         terms, at = self.terms, self._encoding.size
         sums, lost, lost_std = self._encoding.read(total[:at], count, terms.noise_std(terms.readings_std, count))
-        found = {name: self._release(name, each, count, terms.reach, lost, lost_std) for name, each in sums.items()}
+        found = {
+            name: self._release(name, each, count, terms.reach, float(lost), lost_std) for name, each in sums.items()
+        }
         for name, coords in self._exact.items():
             found[name] = self._release(name, _exact(coords, total[at : at + len(coords)] / FIXED), count, math.inf)
             at += len(coords)

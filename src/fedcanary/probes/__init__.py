@@ -14,8 +14,18 @@ from fedcanary.probes.utility import Utility
 from fedcanary.types import Item, Role
 
 
-def probes(items: Mapping[Role, Sequence[Item]], tail: float, generate: bool = False) -> tuple[Probe, ...]:
-    """Every probe of a study. Their groups and parts are those that the public items, by role, can speak of."""
+def probes(
+    items: Mapping[Role, Sequence[Item]],
+    tail: float,
+    generate: bool = False,
+    *,
+    pooled: bool = False,
+    spread: bool = False,
+) -> tuple[Probe, ...]:
+    """Every probe of a study. Their groups and parts are those that the public items, by role, can speak of.
+
+    `pooled` and `spread`: what the tests of that name need leaves too (see `monitor.plan`).
+    """
     safety = items.get(Role.SAFETY, ())
     speaks = {
         "general": bool(items.get(Role.GENERAL)),
@@ -32,8 +42,8 @@ def probes(items: Mapping[Role, Sequence[Item]], tail: float, generate: bool = F
     return (
         Utility(),
         AmplifiedBias(groups_of(items.get(Role.BIAS, ())), tail),
-        Miscalibration(tail),
-        FairnessCollapse(tail),
+        Miscalibration(tail, pooled),
+        FairnessCollapse(tail, spread),
         AdaptationMisalignment(those(adaptation.PARTS), tail),
         OutOfDomain(those(domain.PARTS), tail),
         AlignmentErosion(those(erosion.PARTS), tail, generate),

@@ -18,6 +18,8 @@ from fedcanary.probes.base import Answers, ClientView, Which, bounded, paired_co
 from fedcanary.types import Array, Coord, Mode, Reading, Role
 
 BINS = 5
+SIGNED = "signed"  # confidence minus correctness in a bin / items
+SIGNED_SCALE, ECE_SQUARE_SCALE = 0.35, 0.5
 
 
 def confidence(answers: Answers, which: Which) -> tuple[Array, Array]:
@@ -28,9 +30,10 @@ def confidence(answers: Answers, which: Which) -> tuple[Array, Array]:
 
 @dataclass(frozen=True, slots=True)
 class Miscalibration:
-    """`tail` is tau."""
+    """`tail` is tau. With `pooled`, what the calibration error of all clients pooled is made of leaves too."""
 
     tail: float = 0.1
+    pooled: bool = False
 
     parts: ClassVar[tuple[str, ...]] = ("delta",)
     mode: ClassVar[Mode | None] = Mode.CONFIDENCE_MISCALIBRATION
@@ -52,6 +55,29 @@ class Miscalibration:
                 for what in ("n", "conf", "correct")
                 for b in range(BINS)
             ),
+            *(self._pooled_coords() if self.pooled else ()),
+        )
+
+    def _pooled_coords(self) -> tuple[Coord, ...]:
+        return (
+            *(
+                Coord(
+                    name=f"{SIGNED}:{b}",
+                    low=-1.0,
+                    high=1.0,
+                    purpose=f"confidence minus correctness in bin {b} / items",
+                    scale=SIGNED_SCALE,
+                )
+                for b in range(BINS)
+            ),
+            Coord(
+                name="ece_square",
+                low=0.0,
+                high=1.0,
+                purpose="ECE of the personalized model squared, for the tests' variance",
+                scale=ECE_SQUARE_SCALE,
+                up=True,
+            ),
         )
 
     def read(self, view: ClientView) -> Reading:
@@ -71,4 +97,6 @@ class Miscalibration:
             bounded(statistics.brier(after, right1) - statistics.brier(before, right0)),
             *np.clip(sums.T.reshape(-1), 0.0, 1.0),
         ]
+        if self.pooled:
+            values += [*np.clip(sums[:, 1] - sums[:, 2], -1.0, 1.0), bounded(ece1**2, 0.0, 1.0)]
         return reading(self, values, answers)

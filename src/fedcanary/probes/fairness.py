@@ -27,9 +27,13 @@ from fedcanary.types import Coord, Mode, Reading
 
 @dataclass(frozen=True, slots=True)
 class FairnessCollapse:
-    """`tail` is tau: a client whose received score is lower than the base's by more has been left behind."""
+    """`tail` is tau: a client whose received score is lower than the base's by more has been left behind.
+
+    With `spread`, the change of score and its square leave too, so that their variance over clients can be tested.
+    """
 
     tail: float = 0.1
+    spread: bool = False
 
     parts: ClassVar[tuple[str, ...]] = ("delta",)
     mode: ClassVar[Mode | None] = Mode.FAIRNESS_COLLAPSE
@@ -43,8 +47,8 @@ class FairnessCollapse:
         """The paired four, the score with its square, and the gain that local training brings."""
         delta, square, tail, severe, missing = paired_coords("received model's score minus the base's, own items")
         return (
-            replace(delta, scale=None),  # the share of those left behind is tested, not the mean
-            replace(square, scale=None),
+            delta if self.spread else replace(delta, scale=None),  # the mean itself is not tested
+            square if self.spread else replace(square, scale=None),
             replace(tail, scale=BIT),
             replace(severe, scale=None),
             missing,
