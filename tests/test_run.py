@@ -109,7 +109,7 @@ def test_saved_adapters_answer_in_plain_peft_as_they_did_here(tmp_path: Path) ->
     taken: dict[int, float] = {}
 
     def tap(round: int, client: int, readings: object) -> None:
-        taken.setdefault(round, float(readings["fairness_collapse"].values[4]))  # type: ignore[index]
+        taken.setdefault(round, float(readings["fairness_collapse"].values[5]))  # type: ignore[index]
 
     chosen = tiny_study(rounds=2)
     setup = prepare(chosen, tmp_path / "cache")
@@ -190,7 +190,7 @@ def test_a_full_disk_is_told_and_the_run_can_go_on(tmp_path: Path, monkeypatch: 
 
     def full(folder: Path, *rest: object) -> None:
         calls.append(folder)
-        if len(calls) == 2:
+        if len(calls) == 3:  # the initial adapter's, round 1's, round 2's
             raise OSError(28, "No space left on device", str(folder))
         real(folder, *rest)  # type: ignore[arg-type]
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcanary import __version__, cli_privacy
+from fedcanary.bench import cli as bench
 from fedcanary.errors import EXIT_ALARM, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, BadInput, FedcanaryError
+from fedcanary.landscape import cli as landscape
 
 if TYPE_CHECKING:
     from fedcanary.pipeline import Progress
@@ -34,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("study", nargs="?", type=Path, metavar="STUDY.toml")
     run.add_argument("--out", type=Path, metavar="DIR", help="where the run goes; must not hold one yet")
     run.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
+    run.add_argument(
+        "--rebaseline", metavar="WHAT", help="after a fix, with --resume: what was fixed; a held run goes on"
+    )
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the study")
     run.add_argument("--json", action="store_true", help="print the summary as one JSON document")
     run.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -56,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     probe.set_defaults(action=_probe)
 
     cli_privacy.add(commands)
+    landscape.add(commands)
+    bench.add(commands)
     for name, help_, action in (
         ("report", "write a run's summary.json and report.html again", _report),
         ("replay", "compute every verdict again from the record, and compare", _replay),
@@ -106,6 +113,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from fedcanary.engines.setup import cache, prepare
     from fedcanary.record import NAME, RunRecord
 
+    if arguments.rebaseline is not None and arguments.resume is None:
+        raise BadInput.of("--rebaseline", "is about a run that was held", "add --resume DIR")
     if arguments.resume is not None:
         if arguments.study is not None or arguments.set or arguments.out not in (None, arguments.resume):
             raise BadInput.of("--resume", "takes the study from the record", "leave out STUDY, --set and --out")
@@ -127,7 +136,7 @@ def _run(arguments: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / "study.toml").write_text(chosen.toml(), encoding="utf-8")
     try:
-        record = pipeline.run(setup, out, watch=watch)
+        record = pipeline.run(setup, out, watch=watch, rebaseline=arguments.rebaseline)
     except pipeline.Stopped:
         print(f"\nstopped after the last complete round; go on with: fedcanary run --resume {out}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -158,6 +167,8 @@ class _Watch:
             alarms = [mode for mode, state in p.verdict.states.items() if state == "alarm"]
             line += f"  utility {utility_gain(p.releases.get('utility'))[0]:+.3f}"
             line += f"  ALARM {', '.join(alarms)}" if alarms else ""
+            if p.verdict.action != "adopt":
+                line += f"  {p.verdict.action.upper()}: adopted is round {p.verdict.adopted}'s adapter"
             print(("\r\x1b[K" if self._live else "") + line, file=self._stream, flush=True)
         elif self._live:
             print("\r\x1b[K" + line, end="", file=self._stream, flush=True)

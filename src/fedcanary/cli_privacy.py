@@ -148,6 +148,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         per_round=arguments.per_round,
         effects=planner.parse_effects(arguments.effect),
         alpha=chosen.monitor.alpha,
+        severe=chosen.monitor.severe,
         power=arguments.power,
         change=arguments.change,
         spread=arguments.spread,

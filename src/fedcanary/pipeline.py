@@ -6,7 +6,6 @@ This file is the table of contents of the program; each numbered step is a stage
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,19 +15,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from fedcanary import act
 from fedcanary import record as records
+from fedcanary.act import round_folder
 from fedcanary.engines.local import LocalClients, Tap, apply_update
+from fedcanary.engines.plan import plan_of
 from fedcanary.engines.protection import Protection
 from fedcanary.engines.setup import Setup
 from fedcanary.errors import BadInput
 from fedcanary.models import adapters
 from fedcanary.monitor import base as monitor
-from fedcanary.monitor.verdict import judge
+from fedcanary.monitor.verdict import Past, judge, lineage
 from fedcanary.privacy.contract import tally
 from fedcanary.privacy.seal import UPDATE
-from fedcanary.probes.bias import AmplifiedBias, contrasts, favourable_of
 from fedcanary.record import RunRecord
-from fedcanary.types import Release, Role, Verdict
+from fedcanary.types import Release, Verdict
 
 
 class Stopped(Exception):
@@ -53,31 +54,37 @@ def run(
     *,
     watch: Callable[[Progress], None] = lambda progress: None,
     oracle_tap: Tap | None = None,
+    rebaseline: str | None = None,
 ) -> RunRecord:
     """Run a study into a folder, or go on with the run it holds. Returns the record.
 
-    `oracle_tap` sees every client's exact readings. It exists for tests and benchmarks that need an all-seeing
-    oracle; no command of the program sets it.
+    A run that an alarm ended (held) goes on only with `rebaseline`, which says what was fixed. `oracle_tap` sees every
+    client's exact readings. It exists for tests and benchmarks that need an all-seeing oracle; no command of the
+    program sets it.
 
     Raises:
-        BadInput: the folder holds the run of another study, or a client failed.
+        BadInput: the folder holds the run of another study, or one that cannot be re-baselined; or a client failed.
+        Refused: the study declared no further re-baseline.
         Stopped: on an interrupt, after which the same call goes on to the same result.
     """
     study = setup.study
     record = RunRecord.open(out)
     clients = LocalClients(setup, out / "clients", oracle_tap)
-    plan = _plan(setup, clients)
-    _begin(record, setup, plan, clients.consent.contract.digest)
+    plan, initial = plan_of(setup, clients.base_answers), setup.method.published(setup.shared, setup.initial)
+    parts = {"contract": clients.consent.contract.digest, act.INITIAL: adapters.digest(initial)}
+    _begin(record, setup, plan, parts)
     (out / "contract.toml").write_text(clients.consent.contract.text, encoding="utf-8")
-    state = monitor.start(plan)
-    for _, past in sorted(record.releases().items()):
-        state, _ = monitor.step(plan, state, past)
-    shared = setup.shared
-    if record.rounds:
-        kept = adapters.load(round_folder(out, record.rounds))
-        shared = {name: kept[name] for name in shared}
+    if rebaseline is not None:
+        act.rebaseline(record, rebaseline)
+    if not record.rounds:
+        adapters.save(round_folder(out, 0), initial, setup.lora, setup.base)
+    act.point(out, record)
+    (state, _), past = act.judged(record, plan), act.past(record)
+    kept = adapters.load(round_folder(out, lineage(past)[0]))
+    shared = {name: kept[name] for name in setup.shared}
+    to_come = () if act.held(record) else range(record.rounds + 1, study.rounds + 1)
     with _interruptible() as interrupted, Protection(setup, record) as protected:
-        for t in range(record.rounds + 1, study.rounds + 1 if not record.ended else 0):
+        for t in to_come:
             started = time.monotonic()
             # 1 base model and data were loaded by `engines.setup`   2 who trains and who answers
             cohort = protected.cohort(t)
@@ -85,7 +92,7 @@ def run(
             asked, failed, done = len(cohort.clients), 0, 0
             # 3 each client: theta_t -> theta_k,t   4 its probes compare theta_0, theta_t and theta_k,t
             request = clients.consent.request(t, asked)
-            for sent in clients.work(request, cohort.clients, shared, gate.terms):
+            for sent in clients.work(request, cohort.clients, shared, gate.terms, lineage(past)):
                 for one in sent:
                     if one.vector is not None:
                         gate.put(one.client, one.vector)
@@ -103,7 +110,8 @@ def run(
             adapters.save(round_folder(out, t), published, setup.lora, setup.base)
             # 6 the tests step on the new releases   7 policy over the evidence
             state, evidence = monitor.step(plan, state, releases)
-            verdict = judge(evidence, releases.get("utility"), study.policy.on_alarm)
+            verdict = judge(evidence, releases.get("utility"), study.policy.on_alarm, past)
+            past.append(Past(states=verdict.states, adopted=verdict.adopted))
             # 8 append; the report reads only the record
             for release in releases.values():
                 if release.probe != UPDATE:  # it is in the shared adapter's file, whose digest follows
@@ -121,50 +129,25 @@ def run(
                     "verdict": records.fields(verdict),
                 },
             )
+            act.point(out, record)
             protected.settle(t, released=bool(releases))
             _note_time(out, t, time.monotonic() - started)
             watch(Progress(round=t, rounds=study.rounds, done=done, clients=asked, releases=releases, verdict=verdict))
-            if verdict.action == "hold":
+            if verdict.action != "adopt":
                 break
-    if not record.ended:
-        record.append("end", {"status": "finished" if record.rounds == study.rounds else "held"})
+    act.end(record)
     return record
 
 
 def replay(record: RunRecord) -> list[tuple[int, list[dict[str, Any]]]]:
     """Each round's evidence, computed again from the recorded releases and the recorded plan alone."""
-    plan = monitor.plan_from(record.header["plan"])
-    state, table = monitor.start(plan), []
-    for round, releases in sorted(record.releases().items()):
-        state, evidence = monitor.step(plan, state, releases)
-        table.append((round, [dict(records.plain(records.fields(e))) for e in evidence]))
-    return table
+    _, table = act.judged(record, monitor.plan_from(record.header["plan"]))
+    return [(round, [dict(records.plain(records.fields(e))) for e in evidence]) for round, evidence in table]
 
 
-def round_folder(out: Path, round: int) -> Path:
-    """Where a round's shared adapter is."""
-    return out / "adapters" / f"round-{round:03d}"
-
-
-def _plan(setup: Setup, clients: LocalClients) -> monitor.Plan:
-    """The tests' plan. The base's own gaps between groups are public: public items, public model."""
-    items, table = clients.base_answers(Role.BIAS)
-    bias = next(p for p in setup.probes if isinstance(p, AmplifiedBias))
-    gaps = contrasts(items, favourable_of(items, table), bias.groups)
-    study = setup.study
-    return monitor.plan(
-        margins=study.probes.margins.model_dump(),
-        parts={p.mode: p.parts for p in setup.probes if p.mode is not None},
-        units={p.mode: p.unit for p in setup.probes if p.mode is not None},
-        alpha=study.monitor.alpha,
-        horizon=study.rounds,
-        groups={group: gap for group, gap in zip(bias.read_groups, gaps.tolist(), strict=False) if math.isfinite(gap)},
-    )
-
-
-def _begin(record: RunRecord, setup: Setup, plan: monitor.Plan, contract: str) -> None:
+def _begin(record: RunRecord, setup: Setup, plan: monitor.Plan, parts: Mapping[str, str]) -> None:
     header = setup.header() | {"plan": monitor.plan_body(plan)}
-    header["digests"]["contract"] = contract
+    header["digests"] |= parts
     if not record.entries:
         record.append("header", header)
         return

@@ -5,8 +5,9 @@ other four and `prev` the digest of the line before, so a changed, dropped or re
     header   schema, study, plan of the tests, digests, environment
     charge   what a round's releases cost; always before the release it pays for
     release  the sums that passed the door
-    round    clients, evidence, verdict, utility, digest of the shared adapter: the round is complete
-    end      how the run ended
+    round    clients, evidence, verdict, digest of the shared adapter and of the one adopted: the round is complete
+    end      how the run ended; after an end that was held, a re-baseline may follow
+    rebaseline  which modes' tests begin anew after this round, and what was fixed
 An entry is on disk before anything acts on it. The record holds no times, so equal runs have equal records (wall
 times are in `timing.jsonl`).
 """
@@ -29,7 +30,7 @@ import numpy as np
 
 from fedcanary.errors import BadInput
 from fedcanary.privacy.release import restore
-from fedcanary.types import Release
+from fedcanary.types import Mode, Release
 
 SCHEMA = 1
 NAME = "record.jsonl"
@@ -165,8 +166,12 @@ class RunRecord:
 
     @property
     def ended(self) -> bool:
-        """Whether the run has come to its end."""
-        return any(entry.kind == "end" for entry in self.entries)
+        """Whether the run has come to its end, and did not go on after it."""
+        return bool(self.entries) and self.entries[-1].kind == "end"
+
+    def rebaselines(self) -> dict[int, tuple[Mode, ...]]:
+        """The modes whose tests began anew, by the round after which they did."""
+        return {int(body["round"]): tuple(Mode(mode) for mode in body["modes"]) for body in self.of("rebaseline")}
 
     def releases(self) -> dict[int, dict[str, Release]]:
         """All releases of complete rounds that the monitor read, by round and probe.

@@ -270,13 +270,32 @@ class MonitorTable(Table):
 
     alpha: Share = 0.05
     """Chance that any false alarm is ever raised, over all modes and rounds."""
+    severe: Annotated[float, Field(ge=0, le=0.5)] = 0.03
+    """Share of the clients that may fall by more than 0.2 in a mode whose mean is fine; 0: that is not asked."""
+    spread: Annotated[float, Field(ge=0, le=0.06)] = 0.0
+    """Fairness collapse: variance over clients that the change of their score may have; 0: that is not asked."""
+    pooled: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Calibration error that all clients pooled may have; 0: that is not asked."""
+    rebaselines: Annotated[int, Field(ge=0, le=100, strict=True)] = 0
+    """How often a held run may begin its tests anew after a fix. Each share of alpha is that much smaller."""
 
 
 class PolicyTable(Table):
     """What to do about an alarm."""
 
-    on_alarm: Literal["report", "stop"] = "report"
-    """Go on and report, or stop the run after the round."""
+    on_alarm: Literal["report", "hold", "roll_back"] = "report"
+    """Go on and report; or end the run with the adapter before the alarming round's, or with that of the last clear
+    round. A run that ended so goes on after a re-baseline."""
+
+
+class GuardTable(Table):
+    """Local guards: a client judges a new adapter by its own exact readings; if it fails, its last good one stays."""
+
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] | None = None
+    """Which modes it judges; when absent, all that the public items can read."""
+    limits: Mapping[Mode, Margin] = {}
+    """How much worse is too much at a single client. When absent, a mode's margin; for fairness_collapse, whose margin
+    is a share of clients, `probes.tail`: the loss from which a client counts as left behind."""
 
 
 class EngineTable(Table):
@@ -302,6 +321,7 @@ class Study(Table):
     privacy: PrivacyTable = PrivacyTable()
     monitor: MonitorTable = MonitorTable()
     policy: PolicyTable = PolicyTable()
+    guard: GuardTable | None = None
     engine: EngineTable = EngineTable()
 
     @model_validator(mode="after")
@@ -319,7 +339,7 @@ class Study(Table):
             problems.append("clients.columns.client: a partition by column needs the client column's name")
         if not generated and partition.kind != "column" and partition.clients is None:
             problems.append(f"clients.partition.clients: say how many clients a {partition.kind} partition makes")
-        problems += self._privacy_problems()
+        problems += [*self._privacy_problems(), *self._acting_problems()]
         if not self.probes.packaged and not self.probes.suites:
             problems.append("probes.suites: with packaged = false, name at least one suite")
         if problems:
@@ -362,12 +382,33 @@ class Study(Table):
             return found
         if privacy.record is None:
             found.append('privacy.record: the unit "example" needs noise, clip and sample_rate of the training')
+        if self.monitor.spread:
+            found.append("monitor.spread: the square of a client's change shows one example too much; leave it out")
         if privacy.trust == "none":
             found.append('privacy.trust: "none" sends readings of single examples as they are; choose another trust')
         if self.personalize.method == "dual":
             found.append(
                 "personalize.method: the gate of dual is an exact mean of training examples, which no noise hides; "
                 "choose another method"
+            )
+        return found
+
+    def _acting_problems(self) -> list[str]:
+        found = []
+        if self.monitor.rebaselines and self.policy.on_alarm == "report":
+            found.append(
+                "monitor.rebaselines: a run that goes on at an alarm is never re-baselined, and would only pay for it; "
+                'leave it out, or set policy.on_alarm to "hold" or "roll_back"'
+            )
+        guard = self.guard
+        if guard is None:
+            return found
+        if guard.modes is not None and (other := sorted(guard.limits.keys() - set(guard.modes))):
+            found.append(f"guard.limits: {', '.join(other)}: not guarded; add to guard.modes, or leave out")
+        if self.privacy.unit == "example" and Mode.FAIRNESS_COLLAPSE in (guard.modes or tuple(Mode)):
+            found.append(
+                "guard.modes: a refusal over fairness_collapse would tell of the client's own examples, which the unit "
+                '"example" hides; name the modes to guard, without it'
             )
         return found
 

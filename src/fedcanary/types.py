@@ -214,3 +214,5 @@ class Verdict:
     silent: Mapping[Mode, bool]
     action: Literal["adopt", "hold", "roll_back"]
     reasons: Sequence[str] = ()
+    adopted: int  # the round whose adapter is adopted now; 0 is the initial one
+    clear_round: int | None = None  # of a roll back: the last clear round, whose evidence vouches for what is adopted

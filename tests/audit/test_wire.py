@@ -21,6 +21,7 @@ from wire import tap, walk
 
 from fedcanary.engines import local
 from fedcanary.engines.local import LocalClients, Sent
+from fedcanary.engines.privacy_terms import layout
 from fedcanary.privacy import secagg
 from fedcanary.privacy.encode import Encoding
 from fedcanary.privacy.secagg.messages import Advert, Agreement, MaskedInput, Shares, Unmasking
@@ -36,8 +37,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def study(tiny, rounds=2):
-    """Weighted by the number of examples, so that it too is in the masked vector."""
-    more = {"rounds": rounds, "personalize": {"weighting": "examples"}}
+    """Weighted by the number of examples, so that it too is in the masked vector; and what the clients' guards did."""
+    guard = {"limits": {"alignment_erosion": 0.01}}
+    more = {"rounds": rounds, "personalize": {"weighting": "examples"}, "guard": guard}
     return setup_of(tiny["llama"], CLIENTS if rounds == 2 else PANEL, more)
 
 
@@ -154,7 +156,7 @@ def test_the_length_of_a_message_says_nothing(run, tiny):
     wire, _ = run
     setup = study(tiny)
     shared = sum(tensor.numel() for tensor in setup.shared.values())
-    assert {len(v) // 8 for v in wire.masked} == {Encoding(setup.layout).size + shared + 1}
+    assert {len(v) // 8 for v in wire.masked} == {Encoding(layout(setup)).size + shared + 1}
 
 
 def test_what_is_written_outside_the_clients_own_folders_holds_only_sums(run):

@@ -29,15 +29,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "monitor": {"probes", "privacy"},  # privacy: the planner asks the accountant and the encoding what noise there is
     "study": set(),
     "record": {"privacy"},
-    "engines": {"models", "clients", "personalize", "probes", "privacy", "study", "record"},
-    "pipeline": {"models", "probes", "privacy", "monitor", "record", "engines"},
-    "report": {"probes", "privacy", "monitor", "record"},
+    "act": {"monitor", "record"},
+    # monitor: clients judge themselves by the same plan and the same worst part; act: verify checks what is adopted
+    "engines": {"models", "clients", "personalize", "probes", "privacy", "monitor", "study", "record", "act"},
+    "pipeline": {"models", "privacy", "monitor", "record", "act", "engines"},
+    "report": {"probes", "privacy", "monitor", "record", "act"},
+    "landscape": set(),
+    "bench": {"probes", "privacy", "monitor", "study", "record", "engines", "pipeline"},
     "compare_read": {"probes"},
     "compare": {"models", "probes", "study", "record", "compare_read"},
     "compare_text": {"compare_read", "compare"},
     "cli_privacy": {"privacy", "probes", "monitor", "study", "record", "engines"},
     "cli": {
-        *("monitor", "study", "record", "engines", "pipeline", "report", "compare", "compare_text", "cli_privacy"),
+        *("monitor", "study", "record", "engines", "pipeline", "report", "landscape", "bench", "compare"),
+        *("compare_text", "cli_privacy"),
     },
     "__main__": {"cli"},
 }

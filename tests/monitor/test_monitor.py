@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from fedcanary.monitor import base as monitor
 from fedcanary.monitor import eprocess
-from fedcanary.monitor.influence import FEEDBACK, PRIMARY, likely_upstream
 from fedcanary.monitor.verdict import judge
 from fedcanary.privacy.release import restore
 from fedcanary.probes.base import CLIP
@@ -491,3 +490,65 @@ def test_whoever_cannot_say_a_part_is_left_out_of_its_mean_and_counts_against_it
     assert few.state == "unknown"
     assert (few.part, few.estimate) == ("persona", pytest.approx(0.04))
     assert "50% of the clients could not score it" in few.why
+
+
+# --- what may be asked beside the means -------------------------------------------------------------------------
+
+
+def beside(n: int, d: np.ndarray, round: int = 1) -> dict[str, Release]:
+    """Fairness with differences d, and calibration whose clients err by .1 in opposite directions in two bins."""
+    zero = np.zeros(n)
+    fair = {"delta": d, "square": d**2, "tail": zero, "missing": zero}
+    error = {f"signed:{b}": np.full(n, {1: 0.1, 3: -0.1}.get(b, 0.0)) for b in range(5)}
+    calibrated = {"delta": zero, "square": zero, "tail": zero, "severe": zero, "missing": zero, **error}
+    return {
+        Mode.FAIRNESS_COLLAPSE: release(Mode.FAIRNESS_COLLAPSE, round, fair, n),
+        Mode.CONFIDENCE_MISCALIBRATION: release(
+            Mode.CONFIDENCE_MISCALIBRATION, round, calibrated | {"ece_square": np.full(n, 0.04)}, n
+        ),
+    }
+
+
+def test_spread_and_pooled_error_alarm_where_means_and_shares_are_fine():
+    """Pooled error .2: each client's own has not changed, and no bin's sign is the same as the other's."""
+    d = np.repeat([-0.2, 0.2], 150)  # no tail bit is set in this made-up release: only the spread speaks
+    margins = dict.fromkeys(Mode, MARGIN)
+    asked = monitor.plan(margins, PARTS, UNITS, 0.05, 12, groups={}, severe=0.03, spread=0.01, pooled=0.1)
+    plain = monitor.plan(margins, PARTS, UNITS, 0.05, 12, groups={}, severe=0.03)
+    rounds = [beside(300, d, t) for t in range(1, 5)]
+    for chosen, state in ((asked, "alarm"), (plain, "clear")):
+        last = walk(chosen, rounds)[-1]
+        assert last[Mode.FAIRNESS_COLLAPSE].state == state
+        assert last[Mode.CONFIDENCE_MISCALIBRATION].state == state
+    fine = monitor.plan(margins, PARTS, UNITS, 0.05, 12, groups={}, spread=0.06, pooled=0.3)
+    last = walk(fine, rounds)[-1]
+    assert {last[m].state for m in (Mode.FAIRNESS_COLLAPSE, Mode.CONFIDENCE_MISCALIBRATION)} == {"clear"}
+    assert monitor.plan_from(json.loads(json.dumps(plain_body(asked)))) == asked
+
+
+def plain_body(chosen: monitor.Plan):
+    return plain(monitor.plan_body(chosen))
+
+
+@pytest.mark.statistical
+def test_a_pooled_error_at_its_limit_is_no_alarm():
+    """1,000 windows of 12 rounds, 50 clients whose pooled error is exactly the limit, seed 5: at most 1% alarm.
+
+    A maximum over bins or a plain |mean| would be biased upwards by the clients' own scatter; at .05 / 6 a correct
+    program fails this with probability below 1e-6.
+    """
+    rng = stream(5, "pooled")
+    chosen = monitor.plan(dict.fromkeys(Mode, MARGIN), PARTS, UNITS, 0.05, 12, groups={}, pooled=0.1)
+    alarms = 0
+    for _ in range(1000):
+        state = monitor.start(chosen)
+        for t in range(1, 13):
+            scatter = rng.normal(0, 0.05, (5, 50))
+            signed = np.array([0.05, -0.05, 0, 0, 0])[:, None] + scatter
+            columns = {"delta": np.zeros(50), "square": np.zeros(50), "missing": np.zeros(50)}
+            columns |= {f"signed:{b}": signed[b] for b in range(5)}
+            columns["ece_square"] = np.abs(signed).sum(axis=0) ** 2
+            mode = Mode.CONFIDENCE_MISCALIBRATION
+            state, _ = monitor.step(chosen, state, {mode: release(mode, t, columns, 50)})
+        alarms += Mode.CONFIDENCE_MISCALIBRATION in state.since
+    assert alarms <= 10

@@ -145,7 +145,9 @@ class MadeUp:
         items = self._setup.items[role]
         return items, np.full((len(items), 2), 0.5)
 
-    def work(self, request: Request, cohort: Sequence[int], shared: object, terms: Terms) -> Iterator[list[Sent]]:
+    def work(
+        self, request: Request, cohort: Sequence[int], shared: object, terms: Terms, line: object = None
+    ) -> Iterator[list[Sent]]:
         layout = self._setup.layout
         for client in cohort:
             reasons = self.consent.refuses(client, request)

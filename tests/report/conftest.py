@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedcanary import act
 from fedcanary import record as records
 from fedcanary import study as studies
 from fedcanary.engines import privacy_terms
@@ -101,7 +102,9 @@ def build(
         horizon=parsed.rounds,
     )
     record = RunRecord.open(folder)
-    record.append("header", setup.header() | {"plan": monitor.plan_body(plan)})
+    header = setup.header() | {"plan": monitor.plan_body(plan)}
+    header["digests"][act.INITIAL] = "0" * 32
+    record.append("header", header)
     state = monitor.start(plan)
 
     def pay(charge: Charge) -> None:
@@ -121,7 +124,7 @@ def build(
         if crash and t == rounds:
             return record
         state, evidence = monitor.step(plan, state, releases)
-        verdict = judge(evidence, releases.get("utility"), parsed.policy.on_alarm)
+        verdict = judge(evidence, releases.get("utility"), parsed.policy.on_alarm, act.past(record))
         for release in releases.values():
             if release.probe != UPDATE:
                 record.append("release", records.fields(release))
@@ -138,10 +141,10 @@ def build(
                 "verdict": records.fields(verdict),
             },
         )
-        if verdict.action == "hold":
+        if verdict.action != "adopt":
             break
     if ends:
-        record.append("end", {"status": "finished" if record.rounds == parsed.rounds else "held"})
+        act.end(record)
     return record
 
 
@@ -198,8 +201,8 @@ def case(name: str, folder: Path, study: Mapping[str, Any] | None = None) -> Run
                 strangers=1,
             )
         case "held":
-            stop = {**study, "policy": {"on_alarm": "stop"}}
-            return build(folder, saying(bad), rounds=8, clients=60, study=stop)
+            hold = {**study, "policy": {"on_alarm": "hold"}}
+            return build(folder, saying(bad), rounds=8, clients=60, study=hold)
         case "zero_rounds":
             return build(folder, saying(fine), rounds=0, clients=6, ends=False, study=study)
         case "crashed":  # the charge of round 3 was written, its releases were not

@@ -16,6 +16,7 @@ from fedcanary.pipeline import replay
 from fedcanary.probes import probes
 from fedcanary.probes.statistics import bin_sums, ece, masking_gap
 from fedcanary.record import RunRecord
+from fedcanary.report.html import render
 from fedcanary.report.summary import DETAILS, LABELS, headline, schema, summarise
 from fedcanary.report.text import terminal
 from fedcanary.rng import stream
@@ -210,10 +211,32 @@ def test_the_smallest_next_step_keeps_its_promise(make_from):
     assert found[Mode.AMPLIFIED_BIAS][1] == "clear"
 
 
-def test_likely_upstream_names_only_modes_in_alarm(make):
-    modes = summarise(make("mixed"))["modes"]
-    assert modes["alignment_erosion"]["likely_upstream"] == ["adaptation_misalignment"]
-    assert modes["adaptation_misalignment"]["likely_upstream"] == []
+def test_upstream_evidence_weighs_only_modes_in_alarm(make):
+    summary = summarise(make("mixed"))
+    modes = summary["modes"]
+    (weighed,) = modes["alignment_erosion"]["upstream_evidence"]
+    assert (weighed["mode"], weighed["edge"]) == ("adaptation_misalignment", "feedback")
+    assert weighed["log10_ratio"] == pytest.approx(weighed["log10_order"] + weighed["log10_strength"])
+    assert weighed["log10_ratio"] < 0  # so much erosion is not what adaptation brings
+    assert modes["alignment_erosion"]["likely_upstream"] == []
+    assert all(not modes[m]["upstream_evidence"] for m in modes if m != "alignment_erosion")
+    words = " ".join(terminal(summary).split())
+    assert "upstream alignment erosion: no alarm upstream of it explains it better than its having arisen" in words
+
+
+def test_likely_upstream_is_what_explains_an_alarm_better_than_nothing(make_from):
+    changes = {Mode.AMPLIFIED_BIAS: -0.22, Mode.CONFIDENCE_MISCALIBRATION: -0.045}
+
+    def says(t, k):
+        return {"change": changes, "score": 0.5, "utility": (0.5, 0.5)}
+
+    summary = summarise(make_from(says, rounds=6, clients=200))
+    calibration = summary["modes"]["confidence_miscalibration"]
+    assert calibration["state"] == "alarm"
+    assert calibration["likely_upstream"] == ["amplified_bias"] == [u["mode"] for u in calibration["upstream_evidence"]]
+    assert 0.5 < calibration["upstream_evidence"][0]["weight"] < 1
+    assert "upstream confidence miscalibration: likely upstream" in " ".join(terminal(summary).split())
+    assert "Likely upstream, by the order and strength of the alarms: amplified bias" in render(summary)
 
 
 def test_every_detail_is_a_coordinate_of_its_probe():

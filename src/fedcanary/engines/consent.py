@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedcanary.clients.population import Population
-from fedcanary.engines import privacy_terms, protection
+from fedcanary.engines import guard, privacy_terms, protection
 from fedcanary.engines.setup import Setup
 from fedcanary.errors import BadInput, Problem, did_you_mean
 from fedcanary.privacy import contract as contracts
@@ -146,12 +146,14 @@ def _names(population: Population) -> set[str]:
 
 
 def check(setup: Setup) -> None:
-    """Say, before anything is written, why a study's privacy cannot be had.
+    """Say, before anything is written, why a study's privacy or its guard cannot be had.
 
     Raises:
-        BadInput: too few clients, too small a budget, policies that cannot be read, another population's ledger.
+        BadInput: a guard that nothing can read, too few clients, too small a budget, policies that cannot be read,
+            another population's ledger.
         Refused: the ledger was changed, or its window is spent.
     """
+    guard.check(setup)
     privacy_terms.check(setup)
     protection.check_ledger(setup)
     policies_of(setup, contract_of(setup))

@@ -8,19 +8,20 @@ own folder under `clients/`, which stands for its own disk, and are written nowh
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from fedcanary.engines import privacy_terms
+from fedcanary.engines import guard, privacy_terms, store
 from fedcanary.engines.consent import Consent
+from fedcanary.engines.plan import plan_of
 from fedcanary.engines.setup import Setup
+from fedcanary.engines.store import Store
 from fedcanary.errors import ClientFailed, Problem
 from fedcanary.models import stacked
 from fedcanary.models.adapters import Adapter, save
@@ -57,37 +58,6 @@ class _Recent:
         return self._values[key]  # type: ignore[return-value]
 
 
-class PrivateStore:
-    """Each client's private tensors, by round: `clients/<number>/private.<round>.safetensors`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def place(self, client: int) -> Path:
-        """The folder that stands for a client's own disk."""
-        return self.folder / f"{client:06d}"
-
-    def load(self, client: int, before: int) -> Adapter | None:
-        """What the client kept from its last round before `before`; None if it never took part."""
-        found = self._rounds(client)
-        usable = [round for round in found if round < before]
-        return load_file(found[max(usable)]) if usable else None
-
-    def save(self, client: int, round: int, private: Mapping[str, Tensor]) -> None:
-        """Keep the round's private tensors, and those of the round before in case this round is not completed."""
-        place = self.place(client)
-        place.mkdir(parents=True, exist_ok=True)
-        draft = place / "private.part"
-        save_file({name: t.contiguous() for name, t in private.items()}, draft)
-        older = sorted((r, p) for r, p in self._rounds(client).items() if r < round)
-        draft.replace(place / f"private.{round}.safetensors")
-        for _, path in older[:-1]:
-            path.unlink()
-
-    def _rounds(self, client: int) -> dict[int, Path]:
-        return {int(p.name.split(".")[1]): p for p in self.place(client).glob("private.*.safetensors")}
-
-
 @dataclass(frozen=True, slots=True)
 class Sent:
     """One client's part in a round: what it sealed; None if its training failed, or if it refused, with the reasons."""
@@ -104,9 +74,10 @@ class LocalClients:
         self._study, self._base, self._lora, self._method = setup.study, setup.base, setup.lora, setup.method
         self._population, self._probes, self._tap = setup.population, setup.probes, tap
         self._layout, self._record_level = privacy_terms.layout(setup), privacy_terms.training(setup.study)
-        self._private = PrivateStore(folder)
-        self.consent = Consent(setup, self._private.place)
-        self._first_private = setup.method.split(setup.initial).private
+        self._private = Store(folder, "private", everything=self._study.policy.on_alarm == "roll_back")
+        self._good, self._place = Store(folder, "good"), partial(store.place, folder)
+        self.consent = Consent(setup, self._place)
+        self._initial, self._first_private = setup.initial, setup.method.split(setup.initial).private
         self._roles = {role: items for role, items in setup.items.items() if items}
         self._items = tuple(item for items in self._roles.values() for item in items)
         self._public = self._base.rows(self._items)
@@ -117,15 +88,27 @@ class LocalClients:
         self._base_replies = replies(self._base, [self._items[i] for i in self._unsafe])[0]
         self._recent = _Recent(KEPT_CLIENTS)
         self._recipe = Recipe(**{name: getattr(self._study.personalize, name) for name in Recipe.__dataclass_fields__})
+        self._guard = guard.Guard.of(setup, plan_of(setup, self.base_answers)) if self._study.guard else None
 
     def base_answers(self, role: Role) -> tuple[tuple[Item, ...], Array]:
         """The base's choice probabilities (n, C) on a role's public items: public, the same for everyone."""
         start, stop = self._slices().get(role, (0, 0))
         return self._items[start:stop], self._base_public[start:stop]
 
-    def work(self, request: Request, cohort: Sequence[int], shared: Adapter, terms: Terms) -> Iterator[list[Sent]]:
-        """One round of those in `cohort` who do not refuse the request, in stacks; yields what each client sealed."""
+    def work(
+        self,
+        request: Request,
+        cohort: Sequence[int],
+        shared: Adapter,
+        terms: Terms,
+        line: Container[int] | None = None,
+    ) -> Iterator[list[Sent]]:
+        """One round of those in `cohort` who do not refuse the request, in stacks; yields what each client sealed.
+
+        `line` are the rounds that led to `shared`, if not all before: what is private goes on from the last of them.
+        """
         round = request.round
+        line = range(round) if line is None else line
         answers = {client: self.consent.refuses(client, request) for client in cohort}
         if refused := [Sent(client, None, reasons) for client, reasons in answers.items() if reasons]:
             yield refused
@@ -136,7 +119,7 @@ class LocalClients:
             common = self._probabilities(self._score(held, [self._public], [self._embedded]))[0]
         size = self._study.engine.stack
         for first in range(0, len(cohort), size):
-            messages = self._stack(round, cohort[first : first + size], shared, common)
+            messages = self._stack(round, cohort[first : first + size], shared, common, line)
             yield [
                 Sent(
                     client, None if said is None else seal(self._whole(said, terms), self._layout, terms, round, client)
@@ -153,14 +136,14 @@ class LocalClients:
         return replace(said, readings={**said.readings, privacy_terms.CLIPPING: np.array([float(within)])})
 
     def _stack(
-        self, round: int, clients: Sequence[int], shared: Adapter, common: Array | None
+        self, round: int, clients: Sequence[int], shared: Adapter, common: Array | None, line: Container[int]
     ) -> dict[int, Message | None]:
         """What each client of a stack has to say; None if its training failed."""
         k, method = len(clients), self._method
         data = [self._train_rows(c, round) for c in clients]
         local = [self._eval(c) for c in clients]
         local_rows = [rows for _, rows in local]
-        private = [self._private.load(c, round) or self._first_private for c in clients]
+        private = [self._private.load(c, line) or self._first_private for c in clients]
         own_z = [np.zeros((0, 0))] * k
         held = Held(stacked.repeat(shared, k), stacked.stack(private) if self._first_private else {})
         if method.needs_embedding:
@@ -197,6 +180,9 @@ class LocalClients:
             if said is not None:
                 view = replace(view, replies={"base": self._base_replies, "received": said[j]})
             readings = {probe.name: self._read(probe, view) for probe in self._probes}
+            model = Held(stacked.unstack(trained.held.shared, j), stacked.unstack(trained.held.private, j))
+            if self._guard is not None:
+                readings[guard.GUARD], model = self._guarded(self._guard, client, round, view, model)
             if self._tap is not None:
                 self._tap(round, client, readings)
             weight = float(len(data[j])) if self._study.personalize.weighting == "examples" else 1.0
@@ -205,9 +191,9 @@ class LocalClients:
                 update=self._update(shared, trained.held.shared, j, weight),
             )
             if self._first_private:
-                self._private.save(client, round, stacked.unstack(trained.held.private, j))
+                self._private.save(client, round, stacked.unstack(trained.held.private, j), line)
             if round == self._study.rounds and client < self._study.personalize.save_personalized:
-                self._keep_personalized(client, trained.held, j)
+                self._keep_personalized(client, model)
         return messages
 
     def _failed(self, client: int, round: int) -> None:
@@ -333,10 +319,21 @@ class LocalClients:
         changes = [(after[name][j] - tensor).double().reshape(-1).numpy() for name, tensor in sorted(before.items())]
         return np.concatenate([*(weight * change for change in changes), np.array([weight])])
 
-    def _keep_personalized(self, client: int, held: Held, j: int) -> None:
-        """Write the client's final adapter (its own, in a mixture) to the client's own folder, in peft's format."""
-        own = stacked.unstack(self._method.adapters(held)[-1], j)
-        save(self._private.place(client) / "adapter", own, self._lora, self._base)
+    def _guarded(
+        self, guarding: guard.Guard, client: int, round: int, view: ClientView, model: Held
+    ) -> tuple[Reading, Held]:
+        """What the client's guard says of the model just trained, and the model that the client deploys."""
+        new = guarding.losses(view if self._record_level is None else view.public())
+        if not guarding.fails(new):
+            self._good.save(client, round, guard.together(model, new), range(round))
+            return guard.said(kept=False), model
+        found = self._good.load(client, range(round))
+        model, old = (self._method.split(self._initial), {}) if found is None else guard.apart(found)
+        return guard.said(kept=True, avoided=guarding.avoided(new, old)), model
+
+    def _keep_personalized(self, client: int, model: Held) -> None:
+        """Write the adapter that the client deploys (its own, in a mixture) to its own folder, in peft's format."""
+        save(self._place(client) / "adapter", self._method.adapters(model)[-1], self._lora, self._base)
 
 
 def apply_update(shared: Adapter, total: Array) -> Adapter:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from fedcanary.engines import guard
 from fedcanary.engines.setup import Setup
 from fedcanary.errors import BadInput
 from fedcanary.personalize import METHODS
@@ -32,15 +33,16 @@ def neighbours(study: Study) -> Neighbours:
 
 
 def layout(setup: Setup) -> dict[str, tuple[Coord, ...]]:
-    """Every number that may leave a client, by probe; with adaptive clipping, also whether its norm was within."""
+    """Every number that may leave a client, by probe; and what its guard did, and whether its norm was within."""
     updates = setup.study.privacy.updates
     clips = updates is not None and updates.quantile is not None
-    return setup.layout | ({CLIPPING: (WITHIN,)} if clips else {})
+    guards = {guard.GUARD: (guard.KEPT, guard.AVOIDED)} if setup.study.guard is not None else {}
+    return setup.layout | guards | ({CLIPPING: (WITHIN,)} if clips else {})
 
 
 def versions(setup: Setup) -> dict[str, str]:
     """Version of each name in the layout."""
-    return {CLIPPING: "1"} | {probe.name: probe.version for probe in setup.probes}
+    return {CLIPPING: "1", guard.GUARD: guard.VERSION} | {probe.name: probe.version for probe in setup.probes}
 
 
 def next_clip(clip: float, quantile: float, within: Release | None) -> float:
@@ -57,7 +59,7 @@ def next_clip(clip: float, quantile: float, within: Release | None) -> float:
 
 def exact(probes: Iterable[Probe]) -> tuple[str, ...]:
     """Names in the layout that are post-processing of the trained adapter, for the unit `example`."""
-    return (*(probe.name for probe in probes if not probe.own), CLIPPING)
+    return (*(probe.name for probe in probes if not probe.own), guard.GUARD, CLIPPING)
 
 
 def training(study: Study) -> RecordLevel | None:

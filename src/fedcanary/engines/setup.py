@@ -118,6 +118,8 @@ def prepare(study: Study, cache: Path) -> Setup:
             {role: merge(loaded, role) for role in Role},
             study.probes.tail,
             study.probes.generate and study.model.task == "causal",
+            pooled=study.monitor.pooled > 0,
+            spread=study.monitor.spread > 0,
         ),
     )
 

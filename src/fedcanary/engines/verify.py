@@ -1,10 +1,12 @@
-"""Check a run's folder: the record's chain, every round's shared adapter, the contract, and the privacy ledger."""
+"""Check a run's folder: the record's chain, every shared adapter and which is adopted, the contract, the ledger."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from fedcanary import act
 from fedcanary.engines.protection import LEDGER
 from fedcanary.errors import BadInput, Problem
 from fedcanary.models import adapters
@@ -28,20 +30,38 @@ def verify(folder: Path) -> dict[str, Any]:
             problems.append(
                 Problem(f"round {body['round']}", f"{body['probe']} was released without a charge", "distrust this run")
             )
-    for body in record.of("round"):
-        place = folder / "adapters" / f"round-{int(body['round']):03d}"
+    made = {int(body["round"]): str(body["adapter"]) for body in record.of("round")}
+    for round, digest in {0: record.header["digests"][act.INITIAL], **made}.items():
+        place = act.round_folder(folder, round)
         try:
             found = adapters.digest(adapters.load(place))
         except (OSError, ValueError) as error:
             problems.append(Problem(str(place), f"cannot be read ({error})", "restore the folder from a backup"))
             continue
-        if found != body["adapter"]:
+        if found != digest:
             problems.append(Problem(str(place), "is not the adapter of the record", "restore it from a backup"))
+    problems += _pointer_problems(folder, record)
     problems += _contract_problems(folder, record)
     problems += _ledger_problems(folder, record)
     if problems:
         raise BadInput(problems)
-    return {"entries": len(record.entries), "rounds": record.rounds, "ended": record.ended, "digest": record.digest}
+    return {
+        "entries": len(record.entries),
+        "rounds": record.rounds,
+        "ended": record.ended,
+        "adopted": act.pointer(record)["adopted"],
+        "digest": record.digest,
+    }
+
+
+def _pointer_problems(folder: Path, record: RunRecord) -> list[Problem]:
+    """Whoever deploys reads the pointer, so it must name what the record adopted."""
+    place, remedy = folder / "adapters" / act.ADOPTED, f"deploy {act.pointer(record)['folder']}, and restore the file"
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [Problem(str(place), f"cannot be read ({error})", remedy)]
+    return [] if found == act.pointer(record) else [Problem(str(place), "is not what the record adopted", remedy)]
 
 
 def _contract_problems(folder: Path, record: RunRecord) -> list[Problem]:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from fedcanary.monitor.influence import FEEDBACK, PRIMARY
 from fedcanary.probes.base import CLIP
 from fedcanary.record import number
-from fedcanary.report import charts
+from fedcanary.report import actions, charts
 from fedcanary.types import Mode
 
 LONGEST: Final = 240  # characters of anything the study's author wrote
@@ -65,6 +65,7 @@ def render(summary: Mapping[str, Any]) -> str:
         epsilon=_epsilon(summary["privacy"]["epsilon"]),
         noiseless=summary["privacy"]["trust"] == "none" or summary["privacy"]["epsilon"] == "inf",
         bought=_bought(summary),
+        spared=actions.spared(summary),
         pictures=_pictures(summary) if summary["rounds"] else {},
         icons={state: charts.icon(state) for state in charts.STATES},
         shown=charts.thin(summary["rounds"]),
@@ -76,6 +77,11 @@ def render(summary: Mapping[str, Any]) -> str:
     )
 
 
+ON_ALARM: Final = {
+    "report": "go on and report",
+    "hold": "hold: the adapter before it stays",
+    "roll_back": "roll back to the last clear round",
+}
 EDGES: Final = (("tends to bring", PRIMARY), ("feeds back into", FEEDBACK))
 
 
@@ -227,13 +233,23 @@ def _notes(key: Mode, mode: Mapping[str, Any], summary: Mapping[str, Any]) -> It
             step, limit = details.get("largest_step", math.nan), details.get("per_step", math.nan)
             if step <= limit:
                 yield f"No single round moved by more than {step:.3f} (limit {limit:g}): every step was below notice."
-        if mode["likely_upstream"]:
-            names = [_name(summary, Mode(m)).lower() for m in mode["likely_upstream"]]
-            yield f"Likely upstream: {' and '.join(names)}."
+        if mode["upstream_evidence"]:
+            yield sentence(upstream(mode, summary))
     if _at_bound(key, mode):
         yield f"A client's change is cut off at {CLIP:g} and this is at that bound: the true change may be larger."
     if number(mode["missing"]) > 0:
         yield f"{percent(mode['missing'])} of the clients could not score it in the last round."
+
+
+def upstream(mode: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """What the influence graph makes of a mode's alarm, in words; "" where no parent of it is in alarm."""
+    if not mode["upstream_evidence"]:
+        return ""
+    ratio = {u["mode"]: 10.0 ** min(u["log10_ratio"], 300.0) for u in mode["upstream_evidence"]}
+    said = [f"{_name(summary, Mode(m)).lower()} ({evidence(ratio[m])} to 1)" for m in mode["likely_upstream"]]
+    if said:
+        return f"likely upstream, by the order and strength of the alarms: {', '.join(said)} against arising on its own"
+    return "no alarm upstream of it explains it better than its having arisen on its own"
 
 
 def _at_bound(key: Mode, mode: Mapping[str, Any]) -> bool:
@@ -244,7 +260,7 @@ def _at_bound(key: Mode, mode: Mapping[str, Any]) -> bool:
 
 def _pictures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Every chart of the page, by name."""
-    utility, modes = summary["utility"], summary["modes"]
+    utility, modes, guard = summary["utility"], summary["modes"], summary["guard"]
     since: dict[int, list[int]] = {}
     for i, mode in enumerate(Mode, start=1):
         if modes[mode]["since_round"]:
@@ -269,6 +285,8 @@ def _pictures(summary: Mapping[str, Any]) -> dict[str, Any]:
         "influence": charts.influence_graph("influence", modes),
         "spread": known([r["mean"] for r in spread])
         and charts.spread_chart("spread", [r["mean"] for r in spread], [r["sd"] for r in spread]),
+        "kept": guard
+        and charts.share_chart("kept", "Kept their last good adapter", [r["kept"] for r in guard["per_round"]]),
         "left_behind": charts.share_chart("left", "Share of clients left behind", [r["left_behind"] for r in spread]),
     }
 
@@ -293,7 +311,7 @@ def _misses(clients: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _facts(summary: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     """The study in a few rows; the whole of it is folded up below them."""
-    study, clients = summary["study"], summary["clients"]
+    study, clients, guard = summary["study"], summary["clients"], summary["guard"]
     model, personalize = study["model"], study["personalize"]
     plants = [
         f"{_name(summary, Mode(p['mode'])).lower()}, strength {p['strength']:g}" for p in study["clients"]["plants"]
@@ -312,6 +330,9 @@ def _facts(summary: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         *_misses(summary["clients"]),
         ("Seed", str(study["seed"])),
         ("Privacy", f"trust {study['privacy']['trust']}"),
-        ("On an alarm", {"report": "go on and report", "stop": "stop after the round"}[study["policy"]["on_alarm"]]),
+        ("On an alarm", ON_ALARM[study["policy"]["on_alarm"]]),
+        *([("Adopted", actions.where(summary))] if summary["adopted"] else []),
+        *((f"Re-baseline after round {one['round']}", one["reason"]) for one in summary["rebaselines"]["made"]),
+        *([("Guarded modes", ", ".join(_name(summary, Mode(m)).lower() for m in guard["modes"]))] if guard else []),
     ]
     return [(name, short(value)) for name, value in rows]

@@ -18,12 +18,12 @@ from typing import Any, Final
 import numpy as np
 
 from fedcanary.monitor import base as monitor
-from fedcanary.monitor.influence import likely_upstream
+from fedcanary.monitor import influence
 from fedcanary.monitor.verdict import UTILITY, utility_gain
-from fedcanary.privacy.release import restore
 from fedcanary.probes.statistics import ece_from_bins
 from fedcanary.probes.utility import Utility
 from fedcanary.record import RunRecord, number, plain
+from fedcanary.report import actions, next_step
 from fedcanary.report.privacy import privacy_of
 from fedcanary.types import Mode, Release
 
@@ -44,14 +44,6 @@ LAYERS: Final[Mapping[Mode, str]] = {
     Mode.ADAPTATION_MISALIGNMENT: "model",
     Mode.OUT_OF_DOMAIN_DEGRADATION: "system",
     Mode.ALIGNMENT_EROSION: "system",
-}
-ROLES: Final[Mapping[Mode, str]] = {  # what a client must have been given to score the mode
-    Mode.AMPLIFIED_BIAS: "a suite of role bias whose items name at least two groups",
-    Mode.CONFIDENCE_MISCALIBRATION: "a suite of role calibration, or held-out items with choices",
-    Mode.FAIRNESS_COLLAPSE: "held-out items at every client",
-    Mode.ADAPTATION_MISALIGNMENT: "a suite of role general or safety",
-    Mode.OUT_OF_DOMAIN_DEGRADATION: "a suite of role domain with domains the clients do not have",
-    Mode.ALIGNMENT_EROSION: "a suite of role safety or persona",
 }
 DETAILS: Final[Mapping[Mode, Mapping[str, str]]] = {  # means over the clients that could answer, in the last round
     Mode.AMPLIFIED_BIAS: {
@@ -88,7 +80,6 @@ DETAILS: Final[Mapping[Mode, Mapping[str, str]]] = {  # means over the clients t
         "tail": "share of clients beyond tau",
     },
 }
-TIMES_CLIENTS: Final = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # tried when asking what would settle an unknown
 COUNTS: Final = ("no", "one", "two", "three", "four", "five", "six")
 
 Round = Mapping[str, Any]
@@ -113,10 +104,11 @@ def summarise(record: RunRecord) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "schema": SCHEMA,
         "title": study["title"],
-        "status": ends[-1] if ends else "unfinished",
+        "status": ends[-1] if record.ended else "unfinished",
         "rounds": len(rounds),
         "rounds_planned": plan.horizon,
         "action": rounds[-1]["verdict"]["action"] if rounds else None,
+        **actions.actions_of(record),
         "modes": _modes(record, plan, rounds, releases),
         "utility": _utility(rounds, releases),
         "privacy": privacy_of(record),
@@ -150,13 +142,8 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     """The run in a few plain sentences; the first stands for the whole."""
     rounds, modes = summary["rounds"], summary["modes"]
     planned = summary["rounds_planned"]
-    more = []
-    if summary["status"] == "held":
-        more.append(
-            f"The run was held after round {rounds} of {planned}, because the policy stops on an alarm: "
-            "that round's adapter is not to be adopted."
-        )
-    elif summary["status"] == "unfinished":
+    more = actions.sentences(summary)
+    if summary["status"] == "unfinished":
         more.append(f"The run has not ended: {rounds} of {planned} rounds are complete.")
     plants = summary["study"]["clients"]["plants"]
     if plants:
@@ -244,8 +231,13 @@ def _modes(record: RunRecord, plan: monitor.Plan, rounds: Sequence[Round], relea
     states = {mode: evidence["state"] for mode, evidence in last.items()}
     since = {mode: evidence["since_round"] for mode, evidence in last.items()}
     unsure = [p.mode for p in plan.modes if states.get(p.mode, "unknown") == "unknown"]
-    settled = _what_if(record, plan, unsure) if record.ended else {}
+    ways = next_step.steps(record, plan, unsure) if record.ended else {}
     study, table = record.header["study"], {}
+    alarms = {
+        p.mode: influence.alarm(since[p.mode], [_shown(e) for e in history[p.mode]], p.margin)
+        for p in plan.modes
+        if states.get(p.mode) == "alarm"
+    }
     for mode_plan in plan.modes:
         mode, seen = mode_plan.mode, last.get(mode_plan.mode)
         curve = [[e["estimate"], *e["interval"], e["state"]] for e in history[mode]]
@@ -263,15 +255,36 @@ def _modes(record: RunRecord, plan: monitor.Plan, rounds: Sequence[Round], relea
             "e_not_worse": seen["e_not_worse"] if seen else None,
             "since_round": since.get(mode),
             "silent": bool(rounds and rounds[-1]["verdict"]["silent"][mode]),
-            "likely_upstream": [str(parent) for parent in likely_upstream(mode, states, since)],
+            **_upstream(influence.upstream(mode, alarms, len(rounds))),
             "why": seen["why"] if seen else "no round is complete",
-            "next": _next(record, mode, seen, rounds, settled) if mode in unsure else "",
+            "next": next_step.sentence(record, mode, seen, rounds, ways.get(mode, ())) if mode in unsure else "",
             "missing": _missing(mode_plan, seen, release),
             "noise": _noise(mode_plan, seen, release),
             "details": _details(mode, release, curve, study["probes"]["per_step"]),
             "per_round": curve,
         }
     return {str(mode): table[mode] for mode in Mode}
+
+
+def _shown(evidence: Mapping[str, Any]) -> tuple[float, float, float]:
+    low, high = evidence["interval"]
+    return number(evidence["estimate"]), number(low), number(high)
+
+
+def _upstream(found: Sequence[influence.Upstream]) -> dict[str, Any]:
+    """The parents that explain an alarm better than its having arisen on its own, and the numbers of all in alarm."""
+    numbers = [
+        {
+            "mode": str(u.mode),
+            "edge": u.edge,
+            "log10_order": u.order,
+            "log10_strength": u.strength,
+            "log10_ratio": u.log10_ratio,
+            "weight": u.weight,
+        }
+        for u in found
+    ]
+    return {"likely_upstream": [str(u.mode) for u in found if u.log10_ratio > 0], "upstream_evidence": numbers}
 
 
 def _spoken_of(mode_plan: monitor.ModePlan, seen: Any) -> str:
@@ -326,66 +339,6 @@ def _details(mode: Mode, release: Release | None, curve: Sequence[Any], per_step
 
 def _bins(release: Release) -> list[str]:
     return [coord.partition(":")[2] for coord in release.coords if coord.startswith("n:")]
-
-
-def _what_if(record: RunRecord, plan: monitor.Plan, unsure: Sequence[Mode]) -> dict[Mode, tuple[float, str]]:
-    """For unknown modes: how many times as many clients, answering alike, would have settled them, and to what.
-
-    The monitor itself is asked, with every recorded sum and count multiplied; nothing of it is recorded or shown as
-    measured.
-    """
-    read = record.releases()
-    bodies: dict[int, list[Round]] = {round: [] for round in read}
-    for body in record.of("release"):
-        if body["probe"] in unsure and body["probe"] in read.get(body["round"], {}):
-            bodies[body["round"]].append(body)
-    found: dict[Mode, tuple[float, str]] = {}
-    for times in TIMES_CLIENTS:
-        if len(found) == len(unsure):
-            break
-        state, evidence = monitor.start(plan), None
-        for round in bodies:
-            scaled = {
-                b["probe"]: restore(
-                    {
-                        **b,
-                        "total": [number(v) * times for v in b["total"]],
-                        "count": b["count"] * times,
-                        "lost": b["lost"] * times,
-                    }
-                )
-                for b in bodies[round]
-            }
-            state, evidence = monitor.step(plan, state, scaled)
-        for e in evidence or ():
-            if e.mode in unsure and e.mode not in found and e.state != "unknown":
-                found[e.mode] = (times, e.state)
-    return found
-
-
-def _next(
-    record: RunRecord, mode: Mode, seen: Any, rounds: Sequence[Round], settled: Mapping[Mode, tuple[float, str]]
-) -> str:
-    """The smallest step that would turn an unknown into an answer."""
-    if seen is None:
-        return "complete one round"
-    why, answered = str(seen["why"]), rounds[-1]["clients"] - rounds[-1]["failed"]
-    if why.startswith("no public items"):
-        return f"give the study {ROLES[mode]}"
-    if why.startswith("no release"):
-        if rounds[-1].get("aborted"):
-            return f"let more clients answer: the last round was not opened ({rounds[-1]['aborted']})"
-        failed, asked = rounds[-1]["failed"], rounds[-1]["clients"]
-        return f"mend the clients: {failed} of {asked} failed in the last round" if failed else "let the clients answer"
-    if "could not score" in why:
-        return f"give the clients {ROLES[mode]}"
-    if not record.ended:
-        return "finish the run"
-    if mode not in settled:
-        return "neither answer is near: it lies close to its margin, so say a wider margin, or run more rounds"
-    times, state = settled[mode]
-    end = "would be clear" if state == "clear" else "would be in alarm"
-    return f"with {times:g} times the clients (about {math.ceil(times * answered)} a round) that answer alike, it {end}"
 
 
 def _of(releases: Releases, body: Round, probe: str, value: Any, otherwise: float = math.nan) -> float:

@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any, Final
 
-from fedcanary.report.html import amount, evidence, percent, sentence, short, unsigned
+from fedcanary.report.actions import command, spared, where
+from fedcanary.report.html import amount, evidence, percent, sentence, short, unsigned, upstream
 from fedcanary.types import Mode
 
 WIDTH: Final = 96
@@ -42,6 +43,15 @@ def terminal(summary: Mapping[str, Any], colour: bool = False) -> str:
     privacy = summary["privacy"]
     noiseless = privacy["trust"] == "none" or privacy["epsilon"] == "inf"
     lines += [paint(line, "red") if noiseless else line for line in _wrapped("privacy", _privacy(privacy, noiseless))]
+    if summary["action"] not in (None, "adopt") or summary["rebaselines"]["made"]:
+        lines += [paint(line, "red") for line in _wrapped("adopted", where(summary))]
+    if command(summary):
+        lines += _wrapped("go on", command(summary))
+    if spared(summary):
+        lines += _wrapped("guard", spared(summary))
+    for mode in Mode:
+        if said := upstream(summary["modes"][mode], summary):
+            lines += _wrapped("upstream", f"{summary['modes'][mode]['label'].lower()}: {said}")
     clients = summary["clients"]
     if clients["refused"]:
         lines += _wrapped("refused", ", ".join(f"{n} {short(why)}" for why, n in clients["refused"].items()))

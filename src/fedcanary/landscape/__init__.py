@@ -1,0 +1,1 @@
+"""What benchmarks measure of the six modes: twelve published ones, and this package on its own evidence."""
