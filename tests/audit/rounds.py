@@ -73,7 +73,7 @@ def plain_sum(vectors, bits, *, minimum, before_unmasking, **_):
 
 def unshrunken(w):
     """The planted `encode.shrink` of a client that forgets its bound."""
-    return np.append(w, 0.0)
+    return np.pad(w, ((0, 0), (0, 1)))
 
 
 def play(

@@ -26,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 
 from fedcanary.monitor import eprocess
-from fedcanary.probes.base import CLIP, SEVERE
+from fedcanary.probes.base import CLIP, SEVERE, SEVERE_NAME
 from fedcanary.probes.calibration import BINS, SIGNED
 from fedcanary.types import Evidence, Mode, Release, State, missing_bit
 
@@ -138,7 +138,7 @@ def plan(
                     square=f"square:{group}",
                     margin=abs(r) + sign * r + margin,
                     sign=sign,
-                    severe="severe" if severe else "",
+                    severe=SEVERE_NAME if severe else "",
                     share=severe,
                 )
                 for group, r in groups.items()
@@ -158,7 +158,7 @@ def plan(
 
 def _part(part: str, margin: float, severe: float) -> Stream:
     name, square = ("mean", "square") if part == "delta" else (part, f"{part}_square")
-    bit = "severe" if severe else ""
+    bit = SEVERE_NAME if severe else ""
     return Stream(name=name, kind="mean", coord=part, square=square, margin=margin, severe=bit, share=severe)
 
 
@@ -334,7 +334,7 @@ def _evidence(
 
 
 def _auxiliary(coord: str) -> bool:
-    return "square" in coord or coord in ("missing", "severe") or coord.endswith(missing_bit("")) or SIGNED in coord
+    return "square" in coord or coord in ("missing", SEVERE_NAME) or coord.endswith(missing_bit("")) or SIGNED in coord
 
 
 def _why(state: State, clear: float, release: Release, plan: Plan, streams: Sequence[Stream]) -> str:

@@ -31,7 +31,7 @@ from fedcanary.probes.base import CLIP
 PLAIN: Final = tuple((mean, 0.0) for mean in (0.006, 0.012, 0.025, 0.05, 0.12))  # where no severe bit is sent
 WORSE: Final = (*PLAIN, (0.0, 0.05), (0.01, 0.032), (0.02, 0.064), (0.04, 0.128))
 ABOVE: Final = (0.03, 0.06, 0.12, 0.25)  # by how much a share is beyond its own
-WITHIN: Final = (0.5, 0.9)  # by how much of its margin a mean, or of its share a share, is within it
+WITHIN: Final = (0.3, 0.6, 1.0)  # by how much of its margin a mean, or of its share a share, is within it
 VARIANCE = 0.01  # of a client's difference; only the bets' sizes rest on it
 SAFE = 0.8  # of the largest bet that could lose everything
 STEEPEST = 3.0  # bet on a share

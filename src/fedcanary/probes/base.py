@@ -25,7 +25,8 @@ from fedcanary.types import Array, Coord, Item, Mode, Reading, Role, Suite, miss
 Which = Literal["base", "received", "personalized"]
 CLIP = 0.25  # bound on a client's paired difference; see docs/modes.md
 # How the norm of a private message is shared out (see `Coord.scale`): chosen so that unplanted clients stay below it.
-DIFFERENCE, SQUARE, BIT, SEVERE_BIT, MISSING, LEVEL = 0.45, 0.225, 1.25, 1.6, 0.6, 1.0
+DIFFERENCE, SQUARE, BIT, SEVERE_BIT, MISSING, LEVEL = 0.45, 0.225, 1.0, 2.5, 0.6, 1.0
+SEVERE_NAME = "severe"
 SEVERE = 0.8 * CLIP  # a client that loses more is severely harmed, in any mode
 NATS = 1.0  # bound on the change of one free text's likelihood, which has no scale of its own
 
@@ -239,7 +240,8 @@ def square_coord(name: str, of: str) -> Coord:
 
 def severe_coord(of: str) -> Coord:
     """The bit of a severely harmed client, without which a mean would hide harm that is concentrated in few."""
-    return Coord(name="severe", low=0.0, high=1.0, purpose=f"1 if {of} fell by more than {SEVERE:g}", scale=SEVERE_BIT)
+    purpose = f"1 if {of} fell by more than {SEVERE:g}"
+    return Coord(name=SEVERE_NAME, low=0.0, high=1.0, purpose=purpose, scale=SEVERE_BIT)
 
 
 def missing_coord(name: str, what: str) -> Coord:
