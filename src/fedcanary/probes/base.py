@@ -25,7 +25,7 @@ from fedcanary.types import Array, Coord, Item, Mode, Reading, Role, Suite, miss
 Which = Literal["base", "received", "personalized"]
 CLIP = 0.25  # bound on a client's paired difference; see docs/modes.md
 # How the norm of a private message is shared out (see `Coord.scale`): chosen so that unplanted clients stay below it.
-DIFFERENCE, SQUARE, BIT, SEVERE_BIT, MISSING, LEVEL = 0.45, 0.225, 1.0, 2.5, 0.6, 1.0
+DIFFERENCE, SQUARE, BIT, SEVERE_BIT, MISSING, LEVEL = 0.45, 0.225, 1.25, 2.5, 0.6, 1.0
 SEVERE_NAME = "severe"
 SEVERE = 0.8 * CLIP  # a client that loses more is severely harmed, in any mode
 NATS = 1.0  # bound on the change of one free text's likelihood, which has no scale of its own
