@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Nothing here needs a model hub: a missing file is an error, not a download.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all lint bench-demo bench-plants bench-secagg bench-planner example-hatecheck example-shakespeare bundled clean help
+.PHONY: demo test test-all lint bench bench-silentbench bench-demo bench-plants bench-secagg bench-planner example-hatecheck example-shakespeare bundled clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 22
@@ -52,6 +52,21 @@ lint: $(VENV)/.test ## style and types
 bundled: $(VENV)/.installed ## train the bundled model again (about 10 CPU-minutes)
 	$(BIN)/python tools/pretrain_bundled.py
 
+bench: $(VENV)/.installed ## SilentBench's quick version, into silentbench/ (two minutes)
+	@rm -rf silentbench
+	$(BIN)/fedcanary bench --quick --out silentbench
+
+bench-silentbench: $(VENV)/.installed ## all that benchmarks/silentbench and docs/silentbench show (an hour)
+	rm -rf silentbench
+	$(BIN)/fedcanary bench --out silentbench
+	cp silentbench/README.md silentbench/results.jsonl silentbench/evidence.json benchmarks/silentbench/
+	cp silentbench/evidence.json src/fedcanary/landscape/evidence.json
+	$(BIN)/python benchmarks/edges.py
+	$(BIN)/python benchmarks/attempts.py
+	$(BIN)/python benchmarks/silentbench.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[charts]'
+	$(BIN)/python benchmarks/charts.py
+
 bench-demo: $(VENV)/.installed ## time and memory of the demonstration
 	$(BIN)/python benchmarks/demo.py
 
@@ -71,4 +86,4 @@ example-shakespeare: $(VENV)/.installed ## one client per speaker (needs FEDCANA
 	$(BIN)/python examples/run.py shakespeare
 
 clean: ## remove what was made
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs silentbench build dist .pytest_cache .mypy_cache .ruff_cache
