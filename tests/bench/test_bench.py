@@ -253,15 +253,15 @@ def test_a_federation_recorded_again_reads_the_same():
 # --- the grid, its tables and the command -----------------------------------------------------------------------
 
 
-def test_the_grid_asks_everything_of_fedavg_and_builds_each_population_once(readings):
+def test_the_grid_asks_everything_of_fedavg_and_no_cell_twice(readings):
     todo = grid.tasks(grid.Size(), readings)
-    keys = [(t.kind, t.key) for t in todo]
-    assert len(keys) == len(set(keys)) == len(scenarios.NULLS) + 2 * len(scenarios.WORKED) + 1 + 13 + 6 * 7
-    cells = {t.key: t.cells for t in todo if t.kind == "recorded"}
-    assert len(cells["fedavg", FIRST, "1"]) == len(grid.PANELS) * len(grid.EPSILONS) * 2
-    assert {n for n, *_ in cells["ditto", FIRST, "1"]} == {200, 1000}
-    null = next(t for t in todo if t.key == ("fedavg", "none", "1"))
-    assert {windows for *_, windows in null.cells} == {10_000}
+    cells = [(t.kind, t.key, *cell) for t in todo for cell in t.cells]
+    assert len(cells) == len(set(cells))
+    assert len({(t.kind, t.key) for t in todo}) == len(scenarios.NULLS) + 2 * len(scenarios.WORKED) + 1 + 13 + 6 * 7
+    of = {key: [c[2:] for c in cells if c[1] == key] for key in {c[1] for c in cells}}
+    assert len(of["fedavg", FIRST, "1"]) == len(grid.PANELS) * len(grid.EPSILONS) * 2
+    assert {n for n, *_ in of["ditto", FIRST, "1"]} == {200, 1000}
+    assert {windows for *_, windows in of["fedavg", "none", "1"]} == {10_000}
 
 
 @pytest.fixture(scope="module")

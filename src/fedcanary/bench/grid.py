@@ -1,4 +1,4 @@
-"""What SilentBench measures: every cell, each population built once, on as many processes as asked."""
+"""What SilentBench measures: every cell, on as many processes as asked."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ QUICK: Final = Size(wide=False, nulls=2000, runs=300, panels=(50, 200, 1000))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """The cells of one population: `key` says which, `cells` (n, epsilon, scheme, windows) each."""
+    """Cells of one population: `key` says which, `cells` (n, epsilon, scheme, windows) each."""
 
     kind: str  # "worked", "null", "first" (the worked setting under the first design) or "recorded"
     key: tuple[str, ...]
@@ -67,19 +67,19 @@ def tasks(size: Size, readings: Sequence[Recording], path: Path = READINGS) -> l
             continue
         windows = size.nulls if f.plant == NONE and f.method == METHODS[0] else size.runs
         full = size.wide and f.method == METHODS[0]
-        found.append(
+        found += [
             Task(
                 kind="recorded",
                 key=(f.method, f.plant, f"{f.strength:g}"),
                 cells=tuple(
                     (n, epsilon, scheme, windows)
-                    for n in (size.panels if full or not size.wide else (200, 1000))
                     for epsilon in (EPSILONS if full else (1.0, 4.0) if size.wide else (1.0,))
                     for scheme in _schemes(full)
                 ),
                 readings=path,
             )
-        )
+            for n in (size.panels if full or not size.wide else (200, 1000))
+        ]
     return sorted(found, key=lambda t: -sum(n_windows for *_, n_windows in t.cells))
 
 
