@@ -33,7 +33,7 @@ from fedcanary.privacy import noise
 from fedcanary.privacy.encode import UNIT, Encoding
 from fedcanary.privacy.release import restore
 from fedcanary.probes import Probe, probes, suites
-from fedcanary.probes.base import CLIP, merge
+from fedcanary.probes.base import CLIP, SEVERE, SEVERE_NAME, asked, merge
 from fedcanary.rng import stream
 from fedcanary.study import MarginTable
 from fedcanary.types import Mode, Release, Role, missing_bit
@@ -56,11 +56,12 @@ def instruments() -> tuple[Probe, ...]:
 class Federation:
     """Clients that only exist as readings."""
 
-    def __init__(self, clients: Mapping[Mode, Clients], seed: int) -> None:
+    def __init__(self, clients: Mapping[Mode, Clients], seed: int, severe: float = 0.03) -> None:
         self.probes = instruments()
         self.clients = clients
         self.seed = seed
-        self.encoding = Encoding({p.name: p.coords for p in self.probes})
+        self.severe = severe
+        self.encoding = Encoding({p.name: asked(p.coords, severe > 0) for p in self.probes})
         self._pools: dict[tuple[Mode | None, float], np.ndarray] = {}
 
     def pool(self, mode: Mode | None = None, effect: float = 0.0) -> np.ndarray:
@@ -68,8 +69,7 @@ class Federation:
         if (mode, effect) not in self._pools:
             rng = stream(self.seed, "pool", str(mode), str(effect))
             columns = {p.name: self._readings(rng, p, effect if p.mode == mode else None) for p in self.probes}
-            messages = [self.encoding.message({name: table[i] for name, table in columns.items()}) for i in range(POOL)]
-            self._pools[mode, effect] = np.array(messages)
+            self._pools[mode, effect] = self.encoding.messages(columns)
         return self._pools[mode, effect]
 
     def _readings(self, rng: np.random.Generator, probe: Probe, effect: float | None) -> np.ndarray:
@@ -93,6 +93,7 @@ class Federation:
                     square = part.replace("contrast", "square")
                 table[part], table[square] = np.where(silent, 0.0, d), np.where(silent, 0.0, d**2)
                 table[missing_bit(part) if missing_bit(part) in table else "missing"] = silent.astype(float)
+                table[SEVERE_NAME] = np.maximum(table[SEVERE_NAME], (table[part] < -SEVERE).astype(float))
         return np.stack(list(table.values()), axis=1)
 
 
@@ -197,7 +198,14 @@ def cell(
         margins[mode] = effect / 2
     people = size * ROUNDS if kind == "rotating" else size
     wish = Wish(
-        clients=people, epsilon=epsilon, delta=DELTA, rounds=ROUNDS, change=CHANGE, power=1e-9, seed=federation.seed
+        clients=people,
+        epsilon=epsilon,
+        delta=DELTA,
+        rounds=ROUNDS,
+        change=CHANGE,
+        power=1e-9,
+        seed=federation.seed,
+        severe=federation.severe,
     )  # so little power asked that no search for remedies begins
     planned = plan(wish, federation.probes, margins, federation.clients)
     panel = next(p for p in planned.panels if p.kind == kind)
@@ -209,6 +217,7 @@ def cell(
         wish.alpha,
         ROUNDS,
         groups={part.removeprefix("contrast:"): 0.0 for p in federation.probes for part in p.parts if ":" in part},
+        severe=federation.severe,
     )
     return predicted, play(federation, judged, panel, mode, predicted.effect, windows if size < LARGE else windows // 2)
 
@@ -241,7 +250,7 @@ def table(rows: Sequence[tuple[str, ModeForecast, Mapping[str, float]]]) -> list
 def run(windows: int, out: Path) -> None:
     began = time.process_time()
     wide = {mode: replace(c, std=0.1, drift=0.0) for mode, c in MEASURED.items()}
-    federation = Federation(wide, seed=7)
+    federation = Federation(wide, seed=7, severe=0.0)  # at a std of .1 more than that are severe with nothing wrong
     grid = [
         (f"{kind} {n}, epsilon {epsilon:g}, effect {effect:g}", n, epsilon, kind, effect)
         for kind in ("rotating", "same")

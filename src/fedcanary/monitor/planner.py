@@ -25,7 +25,7 @@ from fedcanary.monitor.forecast import MEASURED, Clients, Door, Kind, Windows, t
 from fedcanary.privacy import accounting, noise
 from fedcanary.privacy.accounting import MIN_DELTA, Neighbours
 from fedcanary.privacy.encode import UNIT, Encoding
-from fedcanary.probes.base import CLIP, Probe
+from fedcanary.probes.base import CLIP, Probe, asked
 from fedcanary.types import Mode
 
 Trust = Literal["secure_aggregation", "central", "local"]
@@ -230,7 +230,7 @@ class _Planner:
         self.modes = [p for p in judged.modes if p.streams]
         self.windows = Windows(
             plan=judged,
-            encoding=Encoding({p.name: p.coords for p in probes}),
+            encoding=Encoding({p.name: asked(p.coords, wish.severe > 0) for p in probes}),
             clients={m: c if wish.spread is None else replace(c, std=wish.spread) for m, c in clients.items()},
             change=wish.first,
             seed=wish.seed,

@@ -244,6 +244,11 @@ def severe_coord(of: str) -> Coord:
     return Coord(name=SEVERE_NAME, low=0.0, high=1.0, purpose=purpose, scale=SEVERE_BIT)
 
 
+def asked(coords: Sequence[Coord], severe: bool) -> tuple[Coord, ...]:
+    """The coordinates as they are sent: a severe bit that no test asks for stays at the client."""
+    return tuple(replace(c, scale=None) if c.name == SEVERE_NAME and not severe else c for c in coords)
+
+
 def missing_coord(name: str, what: str) -> Coord:
     """The bit of a client that cannot say what is tested."""
     return Coord(name=name, low=0.0, high=1.0, purpose=what, scale=MISSING)
