@@ -88,7 +88,7 @@ def test_an_unknown_key_is_an_error_with_a_suggestion_at_every_depth(path, table
     key = max(table.model_fields, key=len)
     wrong = key[:-1] + "_" + key[-1]
     record = {"noise": 1.0, "clip": 1.0, "sample_rate": 0.1}
-    tree: dict = {"privacy": {"updates": {"noise": "none"}, "record": record}}
+    tree: dict = {"privacy": {"updates": {"noise": "none"}, "record": record}, "slices": {"by": ["region"]}}
     at = tree
     place = []
     for name in path:

@@ -217,13 +217,17 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from fedcanary.pipeline import replay
+    from fedcanary.pipeline import replay, replay_slices
     from fedcanary.record import RunRecord
 
     record = RunRecord.load(arguments.dir)
-    recorded = {int(body["round"]): body["evidence"] for body in record.of("round")}
-    again = dict(replay(record))
-    differ = sorted(round for round, evidence in recorded.items() if again.get(round) != evidence)
+    recorded = {int(body["round"]): body for body in record.of("round")}
+    modes, slices = dict(replay(record)), dict(zip(recorded, replay_slices(record), strict=True))
+    differ = sorted(
+        round
+        for round, body in recorded.items()
+        if modes.get(round) != body["evidence"] or slices[round].get("slices") != body.get("slices")
+    )
     if arguments.json:
         print(json.dumps({"rounds": len(recorded), "differ": differ}))
     elif not differ:

@@ -18,6 +18,8 @@ from typing import Any
 from fedcanary import act
 from fedcanary import record as records
 from fedcanary.act import round_folder
+from fedcanary.drill import DrillDowns
+from fedcanary.engines import slices
 from fedcanary.engines.local import LocalClients, Tap, apply_update
 from fedcanary.engines.plan import plan_of
 from fedcanary.engines.protection import Protection
@@ -79,7 +81,8 @@ def run(
     if not record.rounds:
         adapters.save(round_folder(out, 0), initial, setup.lora, setup.base)
     act.point(out, record)
-    (state, _), past = act.judged(record, plan), act.past(record)
+    (state, judged), past = act.judged(record, plan), act.past(record)
+    drills = DrillDowns.of(record, judged)
     kept = adapters.load(round_folder(out, lineage(past)[0]))
     shared = {name: kept[name] for name in setup.shared}
     to_come = () if act.held(record) else range(record.rounds + 1, study.rounds + 1)
@@ -91,7 +94,7 @@ def run(
             gate = protected.gate(t, cohort)
             asked, failed, done = len(cohort.clients), 0, 0
             # 3 each client: theta_t -> theta_k,t   4 its probes compare theta_0, theta_t and theta_k,t
-            request = clients.consent.request(t, asked)
+            request = clients.consent.request(t, asked, drills.ask())
             for sent in clients.work(request, cohort.clients, shared, gate.terms, lineage(past)):
                 for one in sent:
                     if one.vector is not None:
@@ -127,6 +130,7 @@ def run(
                     "adapter": adapters.digest(published),
                     "evidence": [records.fields(e) for e in evidence],
                     "verdict": records.fields(verdict),
+                    **drills.step(releases, evidence),
                 },
             )
             act.point(out, record)
@@ -145,8 +149,14 @@ def replay(record: RunRecord) -> list[tuple[int, list[dict[str, Any]]]]:
     return [(round, [dict(records.plain(records.fields(e))) for e in evidence]) for round, evidence in table]
 
 
+def replay_slices(record: RunRecord) -> list[dict[str, Any]]:
+    """The same for what each round's entry holds of slices; empty ones where the study has none."""
+    _, table = act.judged(record, monitor.plan_from(record.header["plan"]))
+    return DrillDowns.again(record, table)
+
+
 def _begin(record: RunRecord, setup: Setup, plan: monitor.Plan, parts: Mapping[str, str]) -> None:
-    header = setup.header() | {"plan": monitor.plan_body(plan)}
+    header = setup.header() | {"plan": monitor.plan_body(plan), **slices.header(setup.study, setup.slices)}
     header["digests"] |= parts
     if not record.entries:
         record.append("header", header)

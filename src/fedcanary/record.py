@@ -5,7 +5,7 @@ other four and `prev` the digest of the line before, so a changed, dropped or re
     header   schema, study, plan of the tests, digests, environment
     charge   what a round's releases cost; always before the release it pays for
     release  the sums that passed the door
-    round    clients, evidence, verdict, digest of the shared adapter and of the one adopted: the round is complete
+    round    clients, evidence (and that of slices), verdict, digest of the shared adapter: the round is complete
     end      how the run ended; after an end that was held, a re-baseline may follow
     rebaseline  which modes' tests begin anew after this round, and what was fixed
 An entry is on disk before anything acts on it. The record holds no times, so equal runs have equal records (wall

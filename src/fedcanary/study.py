@@ -70,6 +70,8 @@ class ColumnsTable(Table):
     client: str | None = None
     group: str | None = None
     domain: str | None = None
+    slices: tuple[str, ...] = ()
+    """Columns that say what a client is (its region, its device class): `slices.by` may name them."""
 
 
 class PartitionTable(Table):
@@ -280,6 +282,20 @@ class MonitorTable(Table):
     """How often a held run may begin its tests anew after a fix. Each share of alpha is that much smaller."""
 
 
+class SlicesTable(Table):
+    """Drill-down: where in the federation a mode in alarm is worse. Asked of clients only after that alarm."""
+
+    by: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Attributes of clients: "domain" (where most of a client's examples are from), columns of
+    `clients.columns.slices`, and for generated clients also "region" and "device"."""
+    floor: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """A slice of fewer clients is not reported; `privacy.min_cohort` when absent."""
+    alpha_share: Share = 0.2
+    """Share of `monitor.alpha` that slices wrongly named may cost; the modes' tests have the rest."""
+    rounds: Positive | None = None
+    """For so many rounds after an alarm; until the end when absent."""
+
+
 class PolicyTable(Table):
     """What to do about an alarm."""
 
@@ -320,6 +336,7 @@ class Study(Table):
     probes: ProbesTable = ProbesTable()
     privacy: PrivacyTable = PrivacyTable()
     monitor: MonitorTable = MonitorTable()
+    slices: SlicesTable | None = None
     policy: PolicyTable = PolicyTable()
     guard: GuardTable | None = None
     engine: EngineTable = EngineTable()
@@ -339,7 +356,7 @@ class Study(Table):
             problems.append("clients.columns.client: a partition by column needs the client column's name")
         if not generated and partition.kind != "column" and partition.clients is None:
             problems.append(f"clients.partition.clients: say how many clients a {partition.kind} partition makes")
-        problems += [*self._privacy_problems(), *self._acting_problems()]
+        problems += [*self._privacy_problems(), *self._acting_problems(), *self._slices_problems()]
         if not self.probes.packaged and not self.probes.suites:
             problems.append("probes.suites: with packaged = false, name at least one suite")
         if problems:
@@ -411,6 +428,30 @@ class Study(Table):
                 '"example" hides; name the modes to guard, without it'
             )
         return found
+
+    def _slices_problems(self) -> list[str]:
+        slices, privacy = self.slices, self.privacy
+        if slices is None:
+            return []
+        found = []
+        if len(set(slices.by)) < len(slices.by):
+            found.append("slices.by: name each attribute once")
+        if self.policy.on_alarm != "report":
+            found.append(
+                f'slices: under policy.on_alarm = "{self.policy.on_alarm}" an alarm ends the run before anything is '
+                'asked of slices; say "report", or leave the table out'
+            )
+        if privacy.unit == "example":
+            found.append('slices: are about whole clients; leave them out, or set privacy.unit = "client"')
+        if slices.floor is not None and privacy.trust != "none" and slices.floor < privacy.min_cohort:
+            found.append(f"slices.floor: no sum over fewer than {privacy.min_cohort} is opened; say that or more")
+        return found
+
+    @property
+    def alphas(self) -> tuple[float, float]:
+        """What of `monitor.alpha` the modes' tests may err, and what the naming of slices may."""
+        share = 0.0 if self.slices is None else self.slices.alpha_share
+        return self.monitor.alpha * (1 - share), self.monitor.alpha * share
 
     @property
     def digest(self) -> str:

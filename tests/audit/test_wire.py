@@ -37,9 +37,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def study(tiny, rounds=2):
-    """Weighted by the number of examples, so that it too is in the masked vector; and what the clients' guards did."""
+    """Weighted by the number of examples, so that it too is in the masked vector; guards, and slices to ask for."""
     guard = {"limits": {"alignment_erosion": 0.01}}
-    more = {"rounds": rounds, "personalize": {"weighting": "examples"}, "guard": guard}
+    more = {"rounds": rounds, "personalize": {"weighting": "examples"}, "guard": guard, "slices": {"by": ["region"]}}
     return setup_of(tiny["llama"], CLIENTS if rounds == 2 else PANEL, more)
 
 

@@ -30,10 +30,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "study": set(),
     "record": {"privacy"},
     "act": {"monitor", "record"},
+    "drill": {"probes", "monitor", "record"},
     # monitor: clients judge themselves by the same plan and the same worst part; act: verify checks what is adopted
     "engines": {"models", "clients", "personalize", "probes", "privacy", "monitor", "study", "record", "act"},
-    "pipeline": {"models", "privacy", "monitor", "record", "act", "engines"},
-    "report": {"probes", "privacy", "monitor", "record", "act"},
+    "pipeline": {"models", "privacy", "monitor", "record", "act", "drill", "engines"},
+    "report": {"probes", "privacy", "monitor", "record", "act", "drill"},
     "landscape": set(),
     "bench": {"probes", "privacy", "monitor", "study", "record", "engines", "pipeline"},
     "compare_read": {"probes"},

@@ -15,6 +15,7 @@ from fedcanary import study
 from fedcanary.engines.consent import Consent
 from fedcanary.engines.local import Sent
 from fedcanary.engines.setup import Setup
+from fedcanary.engines.slices import values_of
 from fedcanary.models import adapters, base
 from fedcanary.models.adapters import Lora
 from fedcanary.personalize import method
@@ -47,6 +48,11 @@ class Members:
 
     def domains(self, client: int) -> frozenset[str]:
         return frozenset({("kitchen", "garden")[client % 2]})
+
+    def attributes(self, client: int) -> Mapping[str, str]:
+        (domain,) = self.domains(client)
+        region, device = ("north", "east", "south", "west")[client % 4], ("phone", "laptop")[(client // 8) % 2]
+        return {"domain": domain, "region": region, "device": device}
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ def setup_of(folder: Path, clients: int, tables: Mapping[str, Any] | None = None
         initial=adapters.initial(model, lora, 5),
         method=method(checked.personalize.method, checked.personalize.mu),
         population=Few(clients, least=least),
+        slices=values_of(checked, Few(clients)),
         suites=suites(),
         probes=probes({s.role: s.items for s in suites()}, checked.probes.tail),
     )
@@ -129,6 +136,7 @@ def bare(clients: int, tables: Mapping[str, Any] | None = None) -> Setup:
         initial={f"{name}.lora_A": torch.zeros(2, 3)},
         method=method("fedavg", 0.1),
         population=Few(clients),
+        slices=values_of(checked, Few(clients)),
         suites=suites(),
         probes=probes({s.role: s.items for s in suites()}, checked.probes.tail),
     )

@@ -19,11 +19,13 @@ from fedcanary.errors import BadInput
 from fedcanary.privacy.contract import (
     ClientPolicy,
     Contract,
+    DrillDown,
     Examples,
     Kind,
     Number,
     Reason,
     Request,
+    Slices,
     Update,
     check,
     diff,
@@ -36,7 +38,7 @@ from fedcanary.privacy.contract import (
     tally,
 )
 from fedcanary.privacy.contract.check import gaussian_delta
-from fedcanary.privacy.contract.diff import EXAMPLE_RULES, NUMBER_RULES, RULES, UPDATE_RULES
+from fedcanary.privacy.contract.diff import EXAMPLE_RULES, NUMBER_RULES, RULES, SLICE_RULES, UPDATE_RULES
 from fedcanary.privacy.encode import Encoding
 from fedcanary.privacy.ledger import Budget, Ledger
 from fedcanary.types import Coord
@@ -128,6 +130,24 @@ BY_EXAMPLE = put(
 )
 
 
+# Drill-downs: three numbers of one slice, and what the contract says of them.
+SLICE = (
+    Coord(name="difference:region=north", low=-0.25, high=0.25, scale=0.4, purpose="only in a drill-down"),
+    Coord(name="clients:region=north", low=0.0, high=1.0, scale=2.5, purpose="only in a drill-down"),
+)
+SLICED = put(
+    BASE,
+    slices=Slices(probe="slices", attributes=("region",), floor=200, rounds=3, lost_least=0.07, lost_most=0.21),
+    numbers=numbers({**LAYOUT, "slices": SLICE}, {**VERSIONS, "slices": "1"}, "secure_aggregation"),
+)
+DRILL = DrillDown(probe="alignment_erosion", coord="refusal", kind="mean", sign=-1)
+
+
+def sliced(**changes: Any) -> Slices:
+    """How slices are asked for, changed."""
+    return Slices(**{**SLICED.slices.model_dump(), **changes})
+
+
 def trained(**changes: Any) -> Examples:
     """How clients train, changed."""
     return Examples(**{**BY_EXAMPLE.examples.model_dump(), **changes})
@@ -198,7 +218,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(get_args(hint))
     if get_origin(hint) is tuple:
         return st.lists(values(get_args(hint)[0]), min_size=1, max_size=2).map(tuple)
-    if hint in (Number, Update, Examples):
+    if hint in (Number, Update, Examples, Slices):
         hints = get_type_hints(hint, include_extras=True)
         return st.builds(hint, **{name: values(hints[name]) for name in hint.model_fields})
     text = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=6)
@@ -268,7 +288,9 @@ def test_without_protection_every_coordinate_leaves():
 # check
 
 
-@pytest.mark.parametrize("contract", [BASE, SAME, LOCAL, NONE, WITH_EXACT, WITH_NOISED, put(BASE, trust="central")])
+@pytest.mark.parametrize(
+    "contract", [BASE, SAME, LOCAL, NONE, WITH_EXACT, WITH_NOISED, SLICED, put(BASE, trust="central")]
+)
 def test_a_sound_contract_has_no_problem(contract):
     assert check(contract) == []
 
@@ -303,6 +325,10 @@ UNSOUND = [
     (BASE, {"updates": EXACT.model_copy(update={"quantile": 0.5})}, "updates.quantile"),
     (BY_EXAMPLE, {"numbers": SENT}, "numbers alignment_erosion/refusal"),  # bounded, where it says exact
     (BASE, {"numbers": each({"reach": 1.0}, "gain")}, "numbers utility/gain"),
+    (SLICED, {"slices": sliced(probe="salary")}, "slices.probe"),
+    (SLICED, {"slices": sliced(floor=199)}, "slices.floor"),
+    (SLICED, {"slices": sliced(lost_least=0.3)}, "slices.lost_least"),
+    (BY_EXAMPLE, {"slices": sliced(probe="utility")}, "slices"),
     # prices below what the noise costs
     (BY_EXAMPLE, {"noise_multiplier": 0.02}, "epsilon_per_panel"),
     (
@@ -413,10 +439,24 @@ def test_what_a_program_cannot_judge_needs_consent_both_ways(changes):
 
 
 def test_no_field_is_forgotten_by_diff():
-    assert {*RULES, "numbers", "suites", "updates", "examples"} == set(Contract.model_fields)
+    assert {*RULES, "numbers", "suites", "updates", "examples", "slices"} == set(Contract.model_fields)
     assert {*EXAMPLE_RULES, "exact"} == set(Examples.model_fields)
     assert set(UPDATE_RULES) == set(Update.model_fields)
+    assert set(SLICE_RULES) == set(Slices.model_fields)
     assert {*NUMBER_RULES, "probe", "coord", "readers"} == set(Number.model_fields)
+
+
+def test_drill_downs_are_in_the_words_with_their_cost_and_a_new_one_needs_consent():
+    said = " ".join(show(SLICED).split())
+    assert "a client says that number once more under its own region" in said
+    assert "a message that is full without it loses 7.0% to 21.0%" in said
+    assert "A slice of fewer than 200 clients (noisy count less 2 sd) is not reported" in said
+    assert "drill-down" not in show(BASE) and "slices" not in BASE.text
+    new = diff(BASE, SLICED)
+    assert new.consent and any("where a client stands" in change.what for change in new.changes)
+    assert not diff(SLICED, BASE).consent
+    assert diff(SLICED, put(SLICED, slices=sliced(floor=250))).consent is False
+    assert diff(SLICED, put(SLICED, slices=sliced(floor=201, attributes=("device", "region")))).consent
 
 
 def test_the_words_of_a_difference():
@@ -513,6 +553,9 @@ ANSWERED = [
     (put(BASE, noise_source="simulated"), {}, {"simulated_noise": True}, {}),
     (BY_EXAMPLE, {"update": True}, {"units": ("example",)}, {"sends": BY_EXAMPLE.numbers}),
     (put(BASE, numbers=each({"readers": ("auditor",)})), {}, {}, {}),  # who reads is the contract's to say
+    (SLICED, {"drill_down": DRILL}, {}, {"sends": SLICED.numbers}),
+    (SLICED, {}, {"slices": False}, {"sends": SLICED.numbers}),
+    (SLICED, {"drill_down": {**DRILL.model_dump(), "coord": "missing", "kind": "share"}}, {}, {}),
 ]
 
 
@@ -550,6 +593,18 @@ REFUSED = [
     (BASE, {}, {}, {"sends": NONE.numbers}, {Reason.UNLISTED}),  # details, unbounded, that the contract leaves out
     (BASE, {}, {}, {"sends": each({"high": 1.0}, "refusal")}, {Reason.UNLISTED}),
     (BASE, {}, {}, {"sends": each({"version": "2"})}, {Reason.UNLISTED}),
+    (SLICED, {"drill_down": DRILL}, {"slices": False}, {"sends": SLICED.numbers}, {Reason.OWN_SLICES}),
+    (BASE, {"drill_down": DRILL}, {}, {}, {Reason.DRILL_DOWN}),  # no slices in that contract
+    (SLICED, {"drill_down": {**DRILL.model_dump(), "coord": "tone"}}, {}, {}, {Reason.DRILL_DOWN}),
+    (SLICED, {"drill_down": {**DRILL.model_dump(), "kind": "share"}}, {}, {}, {Reason.DRILL_DOWN}),
+    (SLICED, {"drill_down": {**DRILL.model_dump(), "probe": "utility", "coord": "gain"}}, {}, {}, {Reason.DRILL_DOWN}),
+    (
+        SLICED,
+        {"drill_down": {"probe": "slices", "coord": "difference:region=north", "kind": "mean", "sign": 1}},
+        {},
+        {},
+        {Reason.DRILL_DOWN},
+    ),
     (
         BY_EXAMPLE,
         {},

@@ -34,6 +34,7 @@ Codes = npt.NDArray[np.int32]
 MAX_CLASSES: Final = 1000  # more inferred classes than this, and the label column is hardly one of classes
 _LAYOUT: Final = 1  # of the folders in the cache
 _CODES: Final = ("label", "client", "group", "domain")
+_SLICE: Final = "slice "  # before an attribute's name, among the roles
 _NONE: Final = -1
 _UNKNOWN: Final = -2
 
@@ -49,6 +50,13 @@ class Columns:
     client: str | None = None
     group: str | None = None
     domain: str | None = None
+    slices: tuple[str, ...] = ()  # attributes of clients, each of its own name
+
+    @property
+    def codes(self) -> dict[str, str]:
+        """Columns whose values are names, by role."""
+        roles = {role: name for role in _CODES if (name := getattr(self, role)) is not None}
+        return roles | {_SLICE + name: name for name in self.slices}
 
     def problems(self, labels: Sequence[str] | None = None) -> list[Problem]:
         """Everything wrong with this choice of columns, and with `labels` as the names of its classes."""
@@ -63,6 +71,10 @@ class Columns:
                 if role != other and name is not None and name == named[role]:
                     what = f"{role} and {other} are both column {name!r}"
                     found.append(Problem("columns", what, f"name another column for {other}"))
+        for name in self.slices:
+            if self.slices.count(name) > 1 or "=" in name or not name.isprintable() or name in ("", "domain"):
+                what = f"{name!r} cannot be the name of an attribute"
+                found.append(Problem("columns.slices", what, "list each once, without '='; the domain is one already"))
         if labels is not None:
             if self.label is None:
                 found.append(Problem("labels", "no label column goes with them", "name it, or leave them out"))
@@ -90,6 +102,7 @@ class Table:
     client: Codes
     group: Codes
     domain: Codes
+    attributes: Mapping[str, tuple[tuple[str, ...], Codes]]  # of clients: names, and the rows' codes
     length: Codes
     _text: tuple[Any, ...]  # one memory-mapped array per batch on disk
     _response: tuple[Any, ...]
@@ -104,21 +117,23 @@ class Table:
             rows = int(noted["rows"])
             if stored.num_rows != rows:
                 raise ValueError(f"{stored.num_rows} rows where {rows} were written")
-            found: dict[str, Any] = {}
-            for role in _CODES:
-                met, names = noted["met"][role], tuple(noted["names"][role])
+            found: dict[str, Any] = {"attributes": {}}
+            for role, met in noted["met"].items():
+                names, codes = tuple(noted["names"][role]), np.broadcast_to(np.int32(_NONE), rows)
                 place = {name: code for code, name in enumerate(names)}
-                found[f"{role}s"] = names
-                found[role] = np.broadcast_to(np.int32(_NONE), rows)
                 if role in stored.column_names:
-                    found[role] = np.array([*(place[name] for name in met), _NONE], np.int32)[stored[role].to_numpy()]
+                    codes = np.array([*(place[name] for name in met), _NONE], np.int32)[stored[role].to_numpy()]
+                if role in _CODES:
+                    found |= {f"{role}s": names, role: codes}
+                else:
+                    found["attributes"][role.removeprefix(_SLICE)] = (names, codes)
             chunks = stored["text"].chunks
             starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])[:-1].tolist()
             return cls(  # the codes on disk count names as they were met; in memory, in order
                 path=path,
                 rows=rows,
                 digest=noted["digest"],
-                columns=Columns(**noted["columns"]),
+                columns=Columns(**{**noted["columns"], "slices": tuple(noted["columns"]["slices"])}),
                 length=stored["length"].to_numpy(),
                 _text=tuple(chunks),
                 _response=tuple(stored["response"].chunks) if "response" in stored.column_names else (),
@@ -246,8 +261,8 @@ def _write(
 ) -> None:
     """Write rows.arrow and names.json. With problems found, what is written is of no use; the caller throws it away."""
     texts = [name for name in (columns.text or columns.prompt, columns.response) if name is not None]
-    roles = {role: name for role in _CODES if (name := getattr(columns, role)) is not None}
-    names = {role: _Names(classes if role == "label" else None) for role in _CODES}
+    roles = columns.codes
+    names = {role: _Names(classes if role == "label" else None) for role in (*_CODES, *roles)}
     schema = pa.schema(
         [(role, pa.large_string()) for role in ("text", "response")[: len(texts)]]
         + [(role, pa.int32()) for role in (*roles, "length")]
@@ -262,10 +277,10 @@ def _write(
                 if not problems.count:
                     writer.write_batch(pa.record_batch(values, schema=schema))
                     _digest(digests, values)
-    order = {role: sorted(names[role].met) for role in _CODES}
+    order = {role: sorted(known.met) for role, known in names.items()}
     if columns.label is not None:
         order["label"] = list(classes) if classes is not None else _inferred(order["label"], columns.label, problems)
-    noted = {"rows": rows, "met": {role: list(names[role].met) for role in _CODES}, "names": order}
+    noted = {"rows": rows, "met": {role: list(known.met) for role, known in names.items()}, "names": order}
     summed = {name: digest.hexdigest() for name, digest in digests.items()}
     digest = hashlib.blake2b(json.dumps([noted, summed], sort_keys=True).encode(), digest_size=16).hexdigest()
     noted |= {"digest": digest, "columns": {field.name: getattr(columns, field.name) for field in fields(columns)}}
@@ -308,7 +323,7 @@ def _inferred(names: list[str], column: str, problems: Problems) -> list[str]:
 def _digest(digests: dict[str, Any], values: Mapping[str, Any]) -> None:
     """Add a batch to the running digest of each column, so that the cut into batches leaves no trace."""
     for role, array in values.items():
-        if role in _CODES:
+        if role in _CODES or role.startswith(_SLICE):
             parts = {role: array.astype("<i4").tobytes()}
         elif role == "length":
             continue

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 from fedcanary.clients import world
+from fedcanary.clients.population import DOMAIN
 from fedcanary.errors import BadInput, Problem
 from fedcanary.rng import stream
 from fedcanary.types import Item, Mode
@@ -24,6 +25,8 @@ Split = Literal["train", "eval"]
 
 MAIN_SHARE: Final = 0.65  # of a client's decisions are in its main domain, the rest in a second one
 REPLAY: Final = {"general": 3, "unsafe": 2, "lookalike": 1, "persona": 2}  # public items among a client's 48
+REGIONS: Final = ("north", "east", "south", "west")  # a quarter of the clients each; a planted minority is one of them
+DEVICES: Final = ("phone", "laptop")
 GOLDEN: Final = 0.6180339887498949  # spreads the clients' offsets evenly, in any order of visits
 
 
@@ -126,6 +129,14 @@ class Federation:
     def domains(self, client: int) -> frozenset[str]:
         """The domains of a client's own decisions."""
         return frozenset(world.DOMAIN_NAMES[domain] for domain in self._own(client))
+
+    def attributes(self, client: int) -> Mapping[str, str]:
+        """The client's main domain, region and device class; whatever is planted, they stay the same."""
+        return {
+            DOMAIN: world.DOMAIN_NAMES[self._domains(client)[0]],
+            "region": REGIONS[client % 4],
+            "device": DEVICES[(client // 8) % 2],
+        }
 
     def in_minority(self, client: int) -> bool:
         """Whether the client belongs to the part of the federation that a plant singles out."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from heapq import heapify, heapreplace
 from typing import Final, Literal, get_args
@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedcanary.clients.data import Table
-from fedcanary.clients.population import Split
+from fedcanary.clients.population import DOMAIN, Split
 from fedcanary.clients.sources import Problems
 from fedcanary.errors import did_you_mean
 from fedcanary.rng import stream
@@ -147,6 +147,21 @@ class FilePopulation:
         """The domains that the client's rows come from."""
         codes = np.unique(self.table.domain[self.partition.rows_of(client)])
         return frozenset(self.table.domains[code] for code in codes if code >= 0)
+
+    def attributes(self, client: int) -> Mapping[str, str]:
+        """The domain that most of the client's rows come from, and every attribute column whose value is the same in
+        all of them; a client whose rows do not agree has none.
+        """
+        rows, found = self.partition.rows_of(client), {}
+        codes, counts = np.unique(self.table.domain[rows], return_counts=True)
+        most = codes[counts > len(rows) / 2]
+        if len(most) and most[0] >= 0:
+            found[DOMAIN] = self.table.domains[most[0]]
+        for name, (values, of) in self.table.attributes.items():
+            own = np.unique(of[rows])
+            if len(own) == 1 and own[0] >= 0:
+                found[name] = values[own[0]]
+        return found
 
 
 def partition(table: Table, spec: PartitionSpec, seed: int) -> Partition:

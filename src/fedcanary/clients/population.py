@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, TypeAlias
+from collections.abc import Mapping
+from typing import Final, Literal, Protocol, TypeAlias
 
 from fedcanary.types import Item
 
 Split: TypeAlias = Literal["train", "eval"]
+DOMAIN: Final = "domain"  # the attribute that is the domain most of a client's examples come from
 
 
 class Population(Protocol):
@@ -31,3 +33,9 @@ class Population(Protocol):
 
     def domains(self, client: int) -> frozenset[str]:
         """The domains the client's examples come from; empty where the data names none."""
+
+    def attributes(self, client: int) -> Mapping[str, str]:
+        """What the client is, by name (`DOMAIN`, a region, a device class): one value of each, or none.
+
+        Everyone may know which values there are, and nobody which of them a client has.
+        """

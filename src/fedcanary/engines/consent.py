@@ -13,12 +13,14 @@ from pathlib import Path
 from fedcanary.clients.population import Population
 from fedcanary.engines import guard, privacy_terms, protection
 from fedcanary.engines.setup import Setup
+from fedcanary.engines.slices import drill_down
 from fedcanary.errors import BadInput, Problem, did_you_mean
+from fedcanary.monitor.slices import Question
 from fedcanary.privacy import contract as contracts
 from fedcanary.privacy.accounting import parallel
 from fedcanary.privacy.contract import ClientPolicy, Contract, Reason, Request
 from fedcanary.privacy.ledger import Budget, Charge, Ledger
-from fedcanary.probes import OwnProbe
+from fedcanary.probes import OwnProbe, slices
 
 RETENTION = "sums are kept in the run's record; single messages are dropped when their sum is made"
 UNBOUNDED = Budget(epsilon=math.inf, delta=1.0)  # a client's ceilings are its policy's, and may change with it
@@ -70,6 +72,7 @@ def contract_of(setup: Setup) -> Contract:
         if dimension
         else None,
         examples=examples_of(setup),
+        slices=slices_of(setup),
         numbers=numbers_of(setup),
     )
 
@@ -100,6 +103,22 @@ def examples_of(setup: Setup) -> contracts.Examples | None:
         min_held_out=record.min_held_out,
         exact=tuple(name for name in privacy_terms.layout(setup) if name in exact),
         domains=record.domains,
+    )
+
+
+def slices_of(setup: Setup) -> contracts.Slices | None:
+    """How clients here are asked about slices, if they are, and what that takes of their message."""
+    table, privacy = setup.study.slices, setup.study.privacy
+    if table is None:
+        return None
+    least, most = slices.cost(len(table.by)) if privacy.trust != "none" else (0.0, 0.0)
+    return contracts.Slices(
+        probe=slices.SLICES,
+        attributes=table.by,
+        floor=table.floor or privacy.min_cohort,
+        rounds=table.rounds,
+        lost_least=least,
+        lost_most=most,
     )
 
 
@@ -169,11 +188,16 @@ class Consent:
         self._window, self._place = setup.study.privacy.window, place
         self._fresh_noise = setup.study.privacy.noise == "system"
 
-    def request(self, round: int, cohort: int) -> Request:
-        """What the server asks in a round: everything that the contract lists."""
+    def request(self, round: int, cohort: int, about: Question | None = None) -> Request:
+        """What the server asks in a round: everything that the contract lists, and perhaps a drill-down."""
         c = self.contract
         return Request(
-            contract=c.digest, round=round, probes=c.probes, update=c.updates is not None, cohort=max(cohort, 1)
+            contract=c.digest,
+            round=round,
+            probes=c.probes,
+            update=c.updates is not None,
+            cohort=max(cohort, 1),
+            drill_down=None if about is None else drill_down(about),
         )
 
     def refuses(self, client: int, request: Request) -> list[Reason]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from fedcanary.engines import guard, privacy_terms, store
+from fedcanary.engines import guard, privacy_terms, slices, store
 from fedcanary.engines.consent import Consent
 from fedcanary.engines.plan import plan_of
 from fedcanary.engines.setup import Setup
@@ -33,6 +33,7 @@ from fedcanary.personalize.private_fit import fit_private
 from fedcanary.privacy.contract import Request
 from fedcanary.privacy.seal import Message, Sealed, Terms, seal
 from fedcanary.probes.base import Answers, ClientView, OwnProbe, Probe, relevant
+from fedcanary.probes.slices import SLICES
 from fedcanary.rng import stream
 from fedcanary.types import Array, Item, Reading, Role, Scores
 
@@ -73,6 +74,7 @@ class LocalClients:
     def __init__(self, setup: Setup, folder: Path, tap: Tap | None = None) -> None:
         self._study, self._base, self._lora, self._method = setup.study, setup.base, setup.lora, setup.method
         self._population, self._probes, self._tap = setup.population, setup.probes, tap
+        self._values = setup.slices
         self._layout, self._record_level = privacy_terms.layout(setup), privacy_terms.training(setup.study)
         self._private = Store(folder, "private", everything=self._study.policy.on_alarm == "roll_back")
         self._good, self._place = Store(folder, "good"), partial(store.place, folder)
@@ -120,20 +122,24 @@ class LocalClients:
         size = self._study.engine.stack
         for first in range(0, len(cohort), size):
             messages = self._stack(round, cohort[first : first + size], shared, common, line)
-            yield [
-                Sent(
-                    client, None if said is None else seal(self._whole(said, terms), self._layout, terms, round, client)
-                )
-                for client, said in messages.items()
-            ]
+            sent = []
+            for client, said in messages.items():
+                whole = None if said is None else self._whole(said, terms, request, client)
+                sealed = None if whole is None else seal(whole, self._layout, terms, round, client)
+                sent.append(Sent(client, sealed))
+            yield sent
 
-    def _whole(self, said: Message, terms: Terms) -> Message:
-        """With the client's word on its update's norm, if that is asked for."""
-        if privacy_terms.CLIPPING not in self._layout:
-            return said
-        weight, change = said.update[-1], said.update[:-1]
-        within = weight <= 0 or float(np.linalg.norm(change / weight)) <= terms.update_clip
-        return replace(said, readings={**said.readings, privacy_terms.CLIPPING: np.array([float(within)])})
+    def _whole(self, said: Message, terms: Terms, request: Request, client: int) -> Message:
+        """With the client's word on slices and on its update's norm, where the study has these."""
+        more = {}
+        if SLICES in self._layout:
+            own = self._population.attributes(client)
+            more[SLICES] = slices.said(self._values, own, request.drill_down, self._probes, said.readings)
+        if privacy_terms.CLIPPING in self._layout:
+            weight, change = said.update[-1], said.update[:-1]
+            within = weight <= 0 or float(np.linalg.norm(change / weight)) <= terms.update_clip
+            more[privacy_terms.CLIPPING] = np.array([float(within)])
+        return replace(said, readings={**said.readings, **more})
 
     def _stack(
         self, round: int, clients: Sequence[int], shared: Adapter, common: Array | None, line: Container[int]

@@ -15,7 +15,7 @@ from fedcanary.privacy import accounting
 from fedcanary.privacy.accounting import Mechanism, Neighbours
 from fedcanary.privacy.encode import Encoding
 from fedcanary.privacy.seal import Terms
-from fedcanary.probes import OwnProbe, Probe
+from fedcanary.probes import OwnProbe, Probe, slices
 from fedcanary.study import Study
 from fedcanary.types import Coord, Release
 
@@ -33,16 +33,18 @@ def neighbours(study: Study) -> Neighbours:
 
 
 def layout(setup: Setup) -> dict[str, tuple[Coord, ...]]:
-    """Every number that may leave a client, by probe; and what its guard did, and whether its norm was within."""
+    """Every number that may leave a client, by probe: its modes', its guard's, its slices', its update's norm."""
     updates = setup.study.privacy.updates
     clips = updates is not None and updates.quantile is not None
     guards = {guard.GUARD: (guard.KEPT, guard.AVOIDED)} if setup.study.guard is not None else {}
-    return setup.layout | guards | ({CLIPPING: (WITHIN,)} if clips else {})
+    drills = {slices.SLICES: slices.coords(setup.slices)} if setup.slices else {}
+    return setup.layout | guards | drills | ({CLIPPING: (WITHIN,)} if clips else {})
 
 
 def versions(setup: Setup) -> dict[str, str]:
     """Version of each name in the layout."""
-    return {CLIPPING: "1", guard.GUARD: guard.VERSION} | {probe.name: probe.version for probe in setup.probes}
+    own = {CLIPPING: "1", guard.GUARD: guard.VERSION, slices.SLICES: slices.VERSION}
+    return own | {probe.name: probe.version for probe in setup.probes}
 
 
 def next_clip(clip: float, quantile: float, within: Release | None) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedcanary.clients.data import Columns, read
 from fedcanary.clients.generated import Federation
 from fedcanary.clients.partition import FilePopulation, PartitionSpec, partition
 from fedcanary.clients.population import Population
+from fedcanary.engines.slices import values_of
 from fedcanary.errors import BadInput, Problem, did_you_mean
 from fedcanary.models import adapters
 from fedcanary.models import base as models
@@ -21,7 +23,7 @@ from fedcanary.models.adapters import Adapter, Lora
 from fedcanary.models.base import BaseModel
 from fedcanary.personalize import Method, method
 from fedcanary.probes import Probe, probes, suites
-from fedcanary.probes.base import merge
+from fedcanary.probes.base import asked, merge
 from fedcanary.rng import derive
 from fedcanary.study import Study
 from fedcanary.types import Coord, Item, Role, Suite
@@ -39,6 +41,7 @@ class Setup:
     population: Population
     suites: tuple[Suite, ...]
     probes: tuple[Probe, ...]
+    slices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # attributes to ask about, and their values
 
     @property
     def shared(self) -> Adapter:
@@ -47,8 +50,8 @@ class Setup:
 
     @property
     def layout(self) -> dict[str, tuple[Coord, ...]]:
-        """Every number that may leave a client, by probe."""
-        return {probe.name: probe.coords for probe in self.probes}
+        """Every number that may leave a client, by probe; a severe bit that no test asks for stays."""
+        return {probe.name: asked(probe.coords, self.study.monitor.severe > 0) for probe in self.probes}
 
     @property
     def items(self) -> dict[Role, tuple[Item, ...]]:
@@ -94,6 +97,7 @@ def prepare(study: Study, cache: Path) -> Setup:
     base = _try(problems, lambda: _base(study))
     loaded = _try(problems, lambda: load_suites(study))
     population = _try(problems, lambda: _population(study, cache))
+    asked = _try(problems, lambda: values_of(study, population)) if population is not None else {}
     lora = None
     if base is not None:
         table = study.model.lora
@@ -121,6 +125,7 @@ def prepare(study: Study, cache: Path) -> Setup:
             pooled=study.monitor.pooled > 0,
             spread=study.monitor.spread > 0,
         ),
+        slices=asked or {},
     )
 
 

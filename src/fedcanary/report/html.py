@@ -17,7 +17,7 @@ from markupsafe import Markup
 from fedcanary.monitor.influence import FEEDBACK, PRIMARY
 from fedcanary.probes.base import CLIP
 from fedcanary.record import number
-from fedcanary.report import actions, charts
+from fedcanary.report import actions, charts, slices
 from fedcanary.types import Mode
 
 LONGEST: Final = 240  # characters of anything the study's author wrote
@@ -66,6 +66,8 @@ def render(summary: Mapping[str, Any]) -> str:
         noiseless=summary["privacy"]["trust"] == "none" or summary["privacy"]["epsilon"] == "inf",
         bought=_bought(summary),
         spared=actions.spared(summary),
+        slices=slices.table(summary),
+        cost=slices.cost(summary),
         pictures=_pictures(summary) if summary["rounds"] else {},
         icons={state: charts.icon(state) for state in charts.STATES},
         shown=charts.thin(summary["rounds"]),

@@ -23,7 +23,7 @@ from fedcanary.monitor.verdict import UTILITY, utility_gain
 from fedcanary.probes.statistics import ece_from_bins
 from fedcanary.probes.utility import Utility
 from fedcanary.record import RunRecord, number, plain
-from fedcanary.report import actions, next_step
+from fedcanary.report import actions, next_step, slices
 from fedcanary.report.privacy import privacy_of
 from fedcanary.types import Mode, Release
 
@@ -112,7 +112,8 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "modes": _modes(record, plan, rounds, releases),
         "utility": _utility(rounds, releases),
         "privacy": privacy_of(record),
-        "error": _error(plan, rounds),
+        "error": slices.error_of(record, plan),
+        "slices": slices.slices_of(record),
         "clients": {
             "population": header["clients"],
             "asked": [body["clients"] for body in rounds],
@@ -142,7 +143,7 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     """The run in a few plain sentences; the first stands for the whole."""
     rounds, modes = summary["rounds"], summary["modes"]
     planned = summary["rounds_planned"]
-    more = actions.sentences(summary)
+    more = [*slices.sentences(summary), *actions.sentences(summary)]
     if summary["status"] == "unfinished":
         more.append(f"The run has not ended: {rounds} of {planned} rounds are complete.")
     plants = summary["study"]["clients"]["plants"]
@@ -366,16 +367,6 @@ def _utility(rounds: Sequence[Round], releases: Releases) -> dict[str, Any]:
 
     noise = utility_gain(releases[int(rounds[-1]["round"])].get(UTILITY))[1] if rounds else math.nan
     return {"metric": Utility.unit, **block("score"), "noise": noise, "accuracy": block("accuracy")}
-
-
-def _error(plan: monitor.Plan, rounds: Sequence[Round]) -> dict[str, Any]:
-    return {
-        "alpha": plan.alpha,
-        "spent": plan.alpha if rounds else 0.0,  # one budget for all rounds: stopping early gives nothing back
-        "alarm_at": plan.alarm_at,
-        "clear_at": plan.clear_at,
-        "window": monitor.WINDOW,
-    }
 
 
 def _spread(rounds: Sequence[Round], releases: Releases, tau: float) -> dict[str, Any]:

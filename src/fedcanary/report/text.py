@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any, Final
 
+from fedcanary.report import slices
 from fedcanary.report.actions import command, spared, where
 from fedcanary.report.html import amount, evidence, percent, sentence, short, unsigned, upstream
 from fedcanary.types import Mode
@@ -52,6 +53,10 @@ def terminal(summary: Mapping[str, Any], colour: bool = False) -> str:
     for mode in Mode:
         if said := upstream(summary["modes"][mode], summary):
             lines += _wrapped("upstream", f"{summary['modes'][mode]['label'].lower()}: {said}")
+    for said in slices.lines(summary, amount):
+        lines += _wrapped("slices", short(said, 2000))
+    if slices.cost(summary):
+        lines += _wrapped("cost", slices.cost(summary))
     clients = summary["clients"]
     if clients["refused"]:
         lines += _wrapped("refused", ", ".join(f"{n} {short(why)}" for why, n in clients["refused"].items()))
@@ -86,8 +91,9 @@ def _utility(utility: Mapping[str, Any]) -> str:
 
 def _errors(error: Mapping[str, Any]) -> str:
     return (
-        f"any false alarm, all modes and rounds: at most {percent(error['alpha'])}; "
+        f"any false alarm, all modes and rounds: at most {percent(error['parts']['modes'])}; "
         f"evidence: alarm {evidence(error['alarm_at'])}, clear {evidence(error['clear_at'])}"
+        + (f"; of the slices named, wrongly: at most {percent(named)}" if (named := error["parts"]["slices"]) else "")
     )
 
 

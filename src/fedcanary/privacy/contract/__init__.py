@@ -5,9 +5,10 @@ Clients pin its digest; their own code (`refusals`) says no to whatever the cont
 
 from fedcanary.privacy.contract.check import check
 from fedcanary.privacy.contract.diff import Change, Difference, Kind, diff
-from fedcanary.privacy.contract.document import Contract, Examples, Number, Update, load, numbers, parse
+from fedcanary.privacy.contract.document import Contract, Examples, Number, Slices, Update, load, numbers, parse
 from fedcanary.privacy.contract.policy import (
     ClientPolicy,
+    DrillDown,
     Reason,
     Refusal,
     Request,
@@ -22,12 +23,14 @@ __all__ = [
     "ClientPolicy",
     "Contract",
     "Difference",
+    "DrillDown",
     "Examples",
     "Kind",
     "Number",
     "Reason",
     "Refusal",
     "Request",
+    "Slices",
     "Update",
     "check",
     "diff",

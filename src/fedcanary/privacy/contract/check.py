@@ -22,7 +22,7 @@ def check(contract: Contract) -> list[Problem]:
     must see to that, and a client accepts it by name or not at all.
     """
     protected = _protected if contract.trust != "none" else _exact
-    found = [*_numbers(contract), *_update(contract), *protected(contract)]
+    found = [*_numbers(contract), *_update(contract), *_slices(contract), *protected(contract)]
     return sorted({Problem(f"contract: {where}", what, remedy) for where, what, remedy in found})
 
 
@@ -59,6 +59,20 @@ def _update(c: Contract) -> Found:
     if u is not None and u.noise > 0 and not (u.clip < math.inf and u.weighting == "uniform" and c.trust != "none"):
         remedy = 'noise needs a finite clip, uniform weights and a trust other than "none"'
         yield "updates.noise", f"{u.noise!r} protects nothing here", remedy
+
+
+def _slices(c: Contract) -> Found:
+    s = c.slices
+    if s is None:
+        return
+    if s.probe not in c.probes:
+        yield "slices.probe", f"{ascii(s.probe)[:60]} has no numbers", "list them"
+    if c.unit == "example":
+        yield "slices", "are about whole clients", 'leave them out, or write unit = "client"'
+    if s.floor < c.min_cohort:
+        yield "slices.floor", f"{s.floor} is below min_cohort", f"give {c.min_cohort} or more"
+    if not s.lost_least <= s.lost_most:
+        yield "slices.lost_least", f"{s.lost_least!r} is above lost_most", "give the less first"
 
 
 def _exact(c: Contract) -> Found:

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, Final, Literal
 
 from fedcanary.privacy.contract.document import Contract
-from fedcanary.privacy.contract.words import SEEN, describe
+from fedcanary.privacy.contract.words import SEEN, describe, drill_down
 
 
 class Kind(StrEnum):
@@ -90,6 +90,14 @@ EXAMPLE_RULES: Final[Rules] = {
     "min_held_out": ("the fewest held-out examples that are spoken of", "lower", Kind.WEAKEN),
     "domains": ("a client's domains", "lower", Kind.REVEAL),
 }
+SLICE_RULES: Final[Rules] = {
+    "probe": ("the name of what a drill-down says", "", Kind.CHANGE),
+    "attributes": ("what a drill-down asks a client about itself", "", Kind.CHANGE),
+    "floor": ("the fewest clients of a slice that is reported", "lower", Kind.WEAKEN),
+    "rounds": ("the rounds of a drill-down", "higher", Kind.REVEAL),
+    "lost_least": ("the least that a drill-down takes of a full message", "", Kind.CHANGE),
+    "lost_most": ("the most that a drill-down takes of a full message", "", Kind.CHANGE),
+}
 NUMBER_RULES: Final[Rules] = {
     "low": ("its lower bound", "lower", Kind.REVEAL),
     "high": ("its upper bound", "higher", Kind.REVEAL),
@@ -129,6 +137,12 @@ def diff(old: Contract, new: Contract) -> Difference:
     found += [Change(Kind.NARROW, f"without noise no more: {probe}") for probe in sorted(was - now)]
     if old.examples and new.examples:
         found += _by_rules(EXAMPLE_RULES, old.examples, new.examples)
+    if old.slices and new.slices:
+        found += _by_rules(SLICE_RULES, old.slices, new.slices)
+    elif new.slices:
+        found.append(Change(Kind.REVEAL, f"where a client stands, in drill-downs: {drill_down(new.slices)}"))
+    elif old.slices:
+        found.append(Change(Kind.NARROW, "where a client stands, asked no more"))
     order = list(Kind)
     return Difference(tuple(sorted(found, key=lambda change: order.index(change.kind))))
 

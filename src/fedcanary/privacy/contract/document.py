@@ -111,6 +111,23 @@ class Examples(Table):
     domains: Literal["hidden", "public"]
 
 
+class Slices(Table):
+    """Drill-downs: what a client says of its own place in the federation, in the rounds whose request asks for it.
+
+    A request names one number of one of the contract's probes. Of the numbers of `probe` the client then says those of
+    its own value of each of `attributes`, and 0 of all others; in every other round all of them are 0. This costs no
+    epsilon, because the norm of the whole message stays bounded, but room in the message: of one that is full without
+    it, a share from `lost_least` to `lost_most` is taken away. Slices of fewer clients than `floor` are not reported.
+    """
+
+    probe: Text
+    attributes: Annotated[tuple[Text, ...], Field(min_length=1), AfterValidator(_in_order)]
+    floor: Count
+    rounds: Count | None = None  # of one drill-down; until the end of the window when absent
+    lost_least: Annotated[Finite, Field(ge=0, lt=1)]
+    lost_most: Annotated[Finite, Field(ge=0, lt=1)]
+
+
 class Contract(Table):
     """Everything that may leave a client in one window: the `rounds` of one study.
 
@@ -144,13 +161,15 @@ class Contract(Table):
     retention: Text
     updates: Update | None = None
     examples: Examples | None = None
+    slices: Slices | None = None
     numbers: Annotated[tuple[Number, ...], Field(min_length=1), AfterValidator(_in_order)]
 
     @property
     def text(self) -> str:
-        """The canonical TOML: plain values, then update, examples and numbers. The layout is ours, so it stays."""
+        """The canonical TOML: plain values, then the tables and the numbers. The layout is ours, so it stays."""
         plain = self.model_dump(exclude_none=True)
-        numbers, tables = plain.pop("numbers"), {name: plain.pop(name, None) for name in ("updates", "examples")}
+        numbers = plain.pop("numbers")
+        tables = {name: plain.pop(name, None) for name in ("updates", "examples", "slices")}
         blocks = [tomli_w.dumps(plain)]
         blocks += [f"[{name}]\n{tomli_w.dumps(table)}" for name, table in tables.items() if table]
         blocks += [f"[[numbers]]\n{tomli_w.dumps(number)}" for number in numbers]
@@ -273,6 +292,7 @@ def _problem(error: Any, table: type[Table], where: str) -> Problem:
     if error["type"] == "missing":
         return Problem(place, "is missing", "add it")
     if error["type"] == "extra_forbidden":
-        known = {*table.model_fields, *Number.model_fields, *Update.model_fields, *Examples.model_fields}
+        tables = (table, Number, Update, Examples, Slices)
+        known = {field for each in tables for field in each.model_fields}
         return Problem(place, "unknown key", did_you_mean(str(error["loc"][-1]), known))
     return Problem(place, f"{ascii(error['input'])[:60]} is not allowed", error["msg"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError
 
@@ -51,6 +51,16 @@ class ClientPolicy(Table):
     units: Annotated[tuple[Unit, ...], Field(min_length=1)] = ("client",)
     updates_without_noise: bool = False
     simulated_noise: bool = False
+    slices: bool = True  # whether it answers a drill-down, which costs no further epsilon
+
+
+class DrillDown(Table):
+    """What a request asks of slices: one number of one probe, a difference or a bit (`share`), perhaps mirrored."""
+
+    probe: Text
+    coord: Text
+    kind: Literal["mean", "share"]
+    sign: Literal[1, -1]
 
 
 class Request(Table):
@@ -61,6 +71,7 @@ class Request(Table):
     probes: tuple[Text, ...]
     update: bool
     cohort: Count  # clients asked in this round
+    drill_down: DrillDown | None = None
 
 
 class Reason(StrEnum):
@@ -85,6 +96,8 @@ class Reason(StrEnum):
     FORBIDDEN = "probe_forbidden"
     UPDATE_NOISE = "update_without_noise"
     SIMULATED = "noise_simulated"
+    DRILL_DOWN = "drill_down_not_in_contract"
+    OWN_SLICES = "slices_refused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +181,10 @@ def refusals(
     unknown, forbidden = asked - set(c.probes), asked & set(policy.forbidden_probes)
     refuse(bool(unknown), Reason.PROBE, f"the contract does not list {_few(unknown)}: ask only what it lists")
     refuse(bool(forbidden), Reason.FORBIDDEN, f"{_few(forbidden)} forbidden here: leave out, or allow in the policy")
+    if q.drill_down is not None:
+        named = _may_be_drilled(c, q.drill_down)
+        refuse(not named, Reason.DRILL_DOWN, "the contract has no such drill-down: ask for one that it has")
+        refuse(not policy.slices, Reason.OWN_SLICES, "slices are refused here: ask for none, or set slices = true")
     refuse(q.update and c.updates is None, Reason.UPDATE, "the contract sends no model update: ask for none")
     exact = c.updates is not None and c.updates.noise == 0 and c.examples is None
     bare = q.update and exact and not policy.updates_without_noise
@@ -201,6 +218,16 @@ def _contract_refusals(c: Contract, policy: ClientPolicy, asked: str) -> list[Re
     if not _sound(c):
         found.append(Refusal(Reason.UNSOUND, "the contract contradicts itself: see `fedcanary contract check`"))
     return found
+
+
+def _may_be_drilled(c: Contract, d: DrillDown) -> bool:
+    """Whether the number asked is one that leaves in any case, and has the bounds that a slice's number has."""
+    if c.slices is None or d.probe == c.slices.probe:
+        return False
+    asked = next((n for n in c.numbers if (n.probe, n.coord) == (d.probe, d.coord)), None)
+    most = max((n.high for n in c.numbers if n.probe == c.slices.probe and n.low < 0), default=0.0)
+    low, high = (0.0, 1.0) if d.kind == "share" else (-most, most)
+    return asked is not None and (asked.low, asked.high) == (low, high)
 
 
 def _few(words: Collection[str]) -> str:

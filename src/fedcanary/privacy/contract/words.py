@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Final
 
-from fedcanary.privacy.contract.document import Contract, Trust, Unit, Update
+from fedcanary.privacy.contract.document import Contract, Slices, Trust, Unit, Update
 
 WIDTH: Final = 100
 SEEN: Final[Mapping[Trust, str]] = {
@@ -69,6 +69,7 @@ def _facts(c: Contract) -> dict[str, str]:
         "price": price,
         **training,
         "update": describe(c.updates, c.unit) if c.updates else "none is sent",
+        **({"drill-down": drill_down(c.slices)} if c.slices else {}),
         "silence": f"no sum over fewer than {c.min_cohort} of {c.population} clients is opened, nor one that lost more "
         f"than {c.dropouts:.0%} of those asked",
         "kept": c.retention,
@@ -76,6 +77,18 @@ def _facts(c: Contract) -> dict[str, str]:
         "base model": c.model,
         "study": c.study,
     }
+
+
+def drill_down(slices: Slices) -> str:
+    """Drill-downs in words, with their cost."""
+    n = slices.rounds
+    rounds = "until the window ends" if n is None else f"for {n} round{'s' * (n > 1)} at most"
+    return (
+        f"the numbers of {slices.probe} are 0 unless a round's request asks about one number of a probe ({rounds} for "
+        f"one alarm); then a client says that number once more under its own {', '.join(slices.attributes)}. It costs "
+        f"no epsilon, but room: a message that is full without it loses {slices.lost_least:.1%} to "
+        f"{slices.lost_most:.1%}. A slice of fewer than {slices.floor} clients (noisy count less 2 sd) is not reported"
+    )
 
 
 def describe(update: Update, unit: Unit) -> str:
