@@ -201,6 +201,7 @@ def test_a_full_disk_is_told_and_the_run_can_go_on(tmp_path: Path, monkeypatch: 
     assert RunRecord.load(out).rounds == 3
 
 
+@pytest.mark.slow
 def test_the_headline_of_a_planted_slice(tmp_path: Path) -> None:
     """One small planted federation: the oracle finds the planted mode, no other, and utility rises."""
     chosen = tiny_study(

@@ -102,7 +102,11 @@ def run(todo: Iterable[Task], jobs: int, watch: Callable[[Task], None] = lambda 
 
 
 def do(task: Task) -> list[dict[str, Any]]:
-    """One task's rows, without those that nobody asks for: what the rules say of modes that the change leaves alone."""
+    """One task's rows, without those that no table asks for.
+
+    Left out: what other rules say of modes that the change leaves alone, and of recorded readings elsewhere than at
+    epsilon 1 in rotating panels.
+    """
     scenario = _scenario(task)
     change = 0 if task.kind == "null" and task.key[0] != "variance burst, sd .03 to .2" else CHANGE
     if task.key[0] == "nothing" or (task.kind == "recorded" and task.key[1] == NONE):
@@ -111,8 +115,10 @@ def do(task: Task) -> list[dict[str, Any]]:
     for n, epsilon, scheme, windows in task.cells:
         cell = Cell(scenario=scenario, n=n, epsilon=epsilon, scheme=scheme, paths=windows, change=change)
         planted = task.key[1] if task.kind == "recorded" else str(next(iter(Mode)))
+        usual = task.kind != "recorded" or (epsilon == 1.0 and scheme == "rotating")
         for row in measure(cell):
-            if row["mode"] in ("any", planted) or (row["rule"] == OURS and task.kind == "recorded"):
+            ours = row["rule"] == OURS
+            if (row["mode"] in ("any", planted) and (ours or usual)) or (ours and planted == NONE):
                 kept.append({"setting": task.kind, **row})
     return kept
 
