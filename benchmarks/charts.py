@@ -25,6 +25,7 @@ from fedcanary.record import number
 
 HERE = Path(__file__).parent
 COLORS = ("#0b6e99", "#d9730d", "#6940a5", "#0f7b6c", "#ad1a72", "#7a5c00")
+NEVER = 41  # rounds that a window has after the change
 NAMED = {"svg.hashsalt": "silentbench", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -35,27 +36,25 @@ def read(path: Path) -> Results:
 
 
 def panels(results: Results, out: Path) -> None:
-    """Power on each planted mode against the clients of a panel, for each epsilon."""
-    wanted: dict[str, Any] = {
-        "setting": "recorded",
-        "method": "fedavg",
-        "strength": 1.0,
-        "scheme": "rotating",
-        "rule": OURS,
-    }
-    eps = [e for e in results.values("epsilon", **wanted) if not math.isinf(e)]
-    figure, axes = plt.subplots(1, len(eps), figsize=(2.4 * len(eps), 2.6), sharey=True, squeeze=False)
+    """Median delay on each planted mode against the clients of a panel, for each epsilon."""
+    wanted: dict[str, Any] = {"setting": "recorded", "method": "fedavg", "strength": 1.0, "scheme": "rotating"}
+    eps = [e for e in results.values("epsilon", **wanted, rule=OURS) if not math.isinf(e)]
+    figure, axes = plt.subplots(1, len(eps), figsize=(2.3 * len(eps), 3.0), sharey=True, squeeze=False)
     for axis, epsilon in zip(axes[0], eps, strict=True):
         for (mode, name), color in zip(SHORT.items(), COLORS, strict=True):
-            rows = [r for r in results.all(**wanted, epsilon=epsilon, plant=mode, mode=mode) if "power" in r]
-            rows.sort(key=lambda r: r["n"])
-            axis.plot([r["n"] for r in rows], [r["power"] for r in rows], "o-", ms=3, lw=1.2, color=color, label=name)
-        axis.set(xscale="log", title=f"ε = {epsilon:g}", xlabel="clients in a panel", ylim=(-0.03, 1.03))
+            rows = results.all(**wanted, rule=OURS, epsilon=epsilon, plant=mode, mode=mode)
+            rows = sorted((r for r in rows if "power" in r), key=lambda r: r["n"])
+            ns, style = [r["n"] for r in rows], {"ms": 3, "color": color}
+            axis.plot(ns, [min(r["delay_median"], NEVER) for r in rows], "o-", lw=1.2, label=name, **style)
+            axis.plot(ns, [min(r["oracle_delay_median"], NEVER) for r in rows], ":", lw=1, **style)
+        axis.set(xscale="log", yscale="log", title=f"ε = {epsilon:g}", xlabel="clients in a panel")
+        axis.set_yticks([1, 2, 5, 10, 20, NEVER], ["1", "2", "5", "10", "20", "never"])
+        axis.minorticks_off()
         axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel("power within 40 rounds")
+    axes[0][0].set_ylabel("median rounds to the alarm")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    _save(figure, out / "power.svg", "Power of the monitor on each planted mode, by panel size and epsilon")
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    _save(figure, out / "rounds.svg", "Median rounds to the alarm on each planted mode, by panel size and epsilon")
 
 
 def wrong(results: Results, out: Path) -> None:
@@ -76,8 +75,8 @@ def wrong(results: Results, out: Path) -> None:
     axis.set_yscale("symlog", linthresh=0.01)
     axis.set_yticks([0, 0.01, 0.05, 0.1, 1.0], ["0", "0.01", "0.05", "0.1", "1"])
     axis.set_xticks(range(len(names)), names)
-    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
-    figure.tight_layout()
+    figure.legend(loc="upper center", frameon=False, ncols=4)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     _save(figure, out / "false-alarms.svg", "Share of windows of 50 rounds with any false alarm, by rule")
 
 
@@ -95,8 +94,8 @@ def slow(results: Results, out: Path) -> None:
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set(xlabel="median delay / the oracle's (no bar: never)")
-    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
-    figure.tight_layout()
+    figure.legend(loc="upper center", frameon=False, ncols=4)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     _save(figure, out / "delays.svg", "Median delay over the oracle's, by scenario and panel size")
 
 
