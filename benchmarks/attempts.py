@@ -112,6 +112,7 @@ def together(runs: int) -> list[str]:
     for n in (200, 1000):
         for label, design in (
             ("any of the six modes' joint bets", scenarios.NOW),
+            ("any of the six modes' joint bets, severe bit at scale 1.6", Design(name="scale 1.6", severe=1.6)),
             ("any of the six modes' means, no severe bit", scenarios.FIRST_DESIGN),
         ):
             scenario = scenarios.worked(name, scenarios.WORKED[name], ROUNDS, seed=1, design=design)
@@ -129,6 +130,26 @@ def together(runs: int) -> list[str]:
                 )
     lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in rows.items()]
     print("\n".join(lines))
+    return lines
+
+
+def small(runs: int) -> list[str]:
+    """Mean shifts of .01 and .03, by the smallest effect that is bet on."""
+    shifts, used = (0.01, 0.03), eprocess.WORSE
+    severe = tuple(effect for effect in used if effect[1])
+    lines = [f"| effects bet on | {' | '.join(f'shift {x:g}, N = {n:,}' for n in (200, 1000) for x in shifts)} |"]
+    lines.append("|---|" + "---|" * 4)
+    made = [scenarios.worked(f"shift {x:g}", scenarios.shift(x), ROUNDS, seed=1, design=scenarios.NOW) for x in shifts]
+    for means in ((0.02, 0.035, 0.07, 0.15), (0.008, 0.02, 0.05, 0.12), tuple(m for m, more in used if not more)):
+        eprocess.WORSE = (*((m, 0.0) for m in means), *severe)  # type: ignore[misc]
+        cells = [
+            said(windows.delays(play(scenario, n, runs)[1].alarm[FIRST], CHANGE))
+            for n in (200, 1000)
+            for scenario in made
+        ]
+        lines.append(f"| {', '.join(f'{m:g}' for m in means)} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    eprocess.WORSE = used  # type: ignore[misc]
     return lines
 
 
@@ -187,6 +208,7 @@ def main() -> None:
         ("Tails and spread in one mode", tails),
         ("The same clients in all six modes", together),
         ("Pooled calibration error", pooled),
+        ("Small shifts", small),
     ]
     lines = [
         "# What was tried where the monitor is weak",
