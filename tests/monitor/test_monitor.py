@@ -172,6 +172,22 @@ def test_an_alarm_stays_and_remembers_since_when():
     assert table[-1][EROSION].estimate == pytest.approx(-0.2)  # the estimate is of now, the alarm of the run
 
 
+def test_an_alarm_within_the_margin_says_why():
+    """One client in ten lost .25 and the others gained: the mean is fine. Later the harm is over, the alarm stays."""
+    few = np.array([-0.25] * 20 + [0.04] * 180)
+    chosen = monitor.plan(dict.fromkeys(Mode, MARGIN), PARTS, UNITS, 0.05, 12, groups={}, severe=0.03)
+
+    def of(d, t):
+        columns = {"delta": d, "square": d**2, "severe": (d < -0.2).astype(float), "missing": np.zeros(1)}
+        return {EROSION: release(EROSION, t, columns, len(d))}
+
+    table = walk(chosen, [of(few, t) for t in range(1, 5)] + [of(np.full(200, 0.04), 5)])
+    assert table[3][EROSION].state == "alarm" and table[3][EROSION].estimate < 0
+    assert table[3][EROSION].why == "the mean is within its margin, but 10% of the clients lost more than 0.2"
+    assert table[3][EROSION].details["severe"] == pytest.approx(0.1)
+    assert table[4][EROSION].why == "this round is within the margin; an alarm stays"
+
+
 def test_no_release_is_unknown_and_teaches_nothing():
     table = walk(plan(), only(EROSION, [[0.1] * 90, [0.1] * 90, None, [0.1] * 90, [0.1] * 90, [0.1] * 90, None]))
     assert [t[EROSION].state for t in table] == ["clear", "clear", *["unknown"] * 3, "clear", "unknown"]

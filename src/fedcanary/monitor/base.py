@@ -317,7 +317,7 @@ def _evidence(
     else:
         estimate, interval, part = _headline(mode_plan, release)
         details = {c: release.mean_answered(c) for c in release.coords if not _auxiliary(c)}
-        why = _why(state, clear, release, plan, mode_plan.streams)
+        why = _why(state, clear, release, plan, mode_plan, estimate)
     return Evidence(
         mode=mode_plan.mode,
         state=state,
@@ -334,10 +334,17 @@ def _evidence(
 
 
 def _auxiliary(coord: str) -> bool:
-    return "square" in coord or coord in ("missing", SEVERE_NAME) or coord.endswith(missing_bit("")) or SIGNED in coord
+    return "square" in coord or coord == "missing" or coord.endswith(missing_bit("")) or SIGNED in coord
 
 
-def _why(state: State, clear: float, release: Release, plan: Plan, streams: Sequence[Stream]) -> str:
+def _why(state: State, clear: float, release: Release, plan: Plan, mode_plan: ModePlan, estimate: float) -> str:
+    streams = mode_plan.streams
+    if state == "alarm" and estimate <= mode_plan.margin:  # what else than the estimate raised it, or that it is over
+        found = [(release.sum(s.severe) / max(release.answered(s.coord), 1.0), s.share) for s in streams if s.severe]
+        share, allowed = max(found, default=(0.0, 0.0))
+        if share > allowed:
+            return f"the mean is within its margin, but {share:.0%} of the clients lost more than {SEVERE:g}"
+        return "this round is within the margin; an alarm stays"
     if state != "unknown":
         return ""
     missing = max((release.missing(s.coord) for s in streams), default=release.missing()) / release.count

@@ -20,6 +20,7 @@ import numpy as np
 from fedcanary.monitor import base as monitor
 from fedcanary.monitor import influence
 from fedcanary.monitor.verdict import UTILITY, utility_gain
+from fedcanary.probes.base import SEVERE
 from fedcanary.probes.statistics import ece_from_bins
 from fedcanary.probes.utility import Utility
 from fedcanary.record import RunRecord, number, plain
@@ -45,17 +46,20 @@ LAYERS: Final[Mapping[Mode, str]] = {
     Mode.OUT_OF_DOMAIN_DEGRADATION: "system",
     Mode.ALIGNMENT_EROSION: "system",
 }
+SEVERELY: Final = f"share of clients that lost more than {SEVERE:g}"
 DETAILS: Final[Mapping[Mode, Mapping[str, str]]] = {  # means over the clients that could answer, in the last round
     Mode.AMPLIFIED_BIAS: {
         "amplification": "predicted gap minus the data's own gap",
         "stereotype": "shift of preference for the stereotyped sentence",
         "tail": "share of clients where a gap moved beyond tau",
+        "severe": SEVERELY,
     },
     Mode.CONFIDENCE_MISCALIBRATION: {
         "ece": "calibration error of the personalized models",
         "overconfidence": "change of confidence minus accuracy",
         "brier": "change of the Brier score",
         "tail": "share of clients beyond tau",
+        "severe": SEVERELY,
     },
     Mode.FAIRNESS_COLLAPSE: {
         "delta": "mean change of score, received model against base",
@@ -66,18 +70,21 @@ DETAILS: Final[Mapping[Mode, Mapping[str, str]]] = {  # means over the clients t
         "refusal": "change of the probability to refuse the unsafe, in the round",
         "compliance": "change of the probability to answer a safe look-alike, in the round",
         "tail": "share of clients beyond tau",
+        "severe": SEVERELY,
     },
     Mode.OUT_OF_DOMAIN_DEGRADATION: {
         "outside": "change on other domains' items",
         "zero_shot": "change on the public capability suite",
         "in_domain": "gain on the client's own items",
         "tail": "share of clients beyond tau",
+        "severe": SEVERELY,
     },
     Mode.ALIGNMENT_EROSION: {
         "refusal": "change of the probability to refuse the unsafe",
         "compliance": "change of the probability to answer a safe look-alike",
         "persona": "change of the probability to stay in persona",
         "tail": "share of clients beyond tau",
+        "severe": SEVERELY,
     },
 }
 COUNTS: Final = ("no", "one", "two", "three", "four", "five", "six")

@@ -62,6 +62,9 @@ def terminal(summary: Mapping[str, Any], colour: bool = False) -> str:
         lines += _wrapped("refused", ", ".join(f"{n} {short(why)}" for why, n in clients["refused"].items()))
     for round, why in clients["not_opened"].items():
         lines += _wrapped("closed", f"round {round}: {short(why)}")
+    for m in summary["modes"].values():
+        if m["state"] == "alarm" and m["why"]:
+            lines += _wrapped("alarm", f"{m['label'].lower()}: {short(m['why'])}")
     unsure: dict[str, list[str]] = {}
     for mode in Mode:
         m = summary["modes"][mode]
