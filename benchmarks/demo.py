@@ -72,8 +72,8 @@ run is a process of its own; the machine is shared, so the spread matters.
 The report is {report / 1024:.0f} KiB (limit 1,536).
 
 Pages of their own: the [140 planted federations](../benchmarks/plants/README.md),
-[secure aggregation](../benchmarks/secagg/README.md) (cost of a client, growth of the server's), and
-[the planner's predictions](../benchmarks/planner/README.md).
+[secure aggregation](../benchmarks/secagg/README.md) (cost of a client, growth of the server's),
+[the planner's predictions](../benchmarks/planner/README.md), and [SilentBench](silentbench.md).
 """
     (ROOT / "docs" / "benchmarks.md").write_text(page, encoding="utf-8")
     print(page)
