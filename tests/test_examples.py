@@ -74,7 +74,7 @@ def check_run(ready: setup.Setup, record: pipeline.RunRecord, out: Path) -> None
     for releases in record.releases().values():
         utility = releases["utility"]
         assert 0 < utility.mean("score_base") < 1 and abs(utility.mean("score_gain")) < 1
-        assert all(0 < releases[mode].noise_std.max() < 0.5 for mode in Mode)  # noised, and little enough to see
+        assert all(0 < releases[mode].noise_std.max() < 1.0 for mode in Mode)  # noised, and little enough to see
     assert len(list((out / "clients").glob("*/adapter/adapter_model.safetensors"))) == len(ready.population)
 
 
