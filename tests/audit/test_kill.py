@@ -177,6 +177,7 @@ def same_as_calm(record: RunRecord, calm: RunRecord) -> bool:
     return bodies(record, "round", "end") == bodies(calm, "round", "end") and replay(record) == replay(calm)
 
 
+@pytest.mark.slow
 def test_kill_9_at_every_step_in_turn(server, tmp_path):
     """Each step once, with fresh noise. What was paid for and may have been seen is never looked at again."""
     kills = list(POINTS)
