@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def evidence(**states: str) -> list[Evidence]:
     empty = {"estimate": 0.0, "interval": (0.0, 0.0), "unit": "", "e_worse": 1.0, "e_not_worse": 1.0}
-    return [Evidence(mode=mode, state=states.get(mode, "unknown"), **empty) for mode in Mode]  # type: ignore[arg-type]
+    return [Evidence(mode=mode, state=states.get(mode, "unknown"), **empty) for mode in Mode]
 
 
 def played(*rounds: str, policy: str = "roll_back", mode: Mode = EROSION) -> list[Past]:
@@ -50,7 +50,7 @@ def played(*rounds: str, policy: str = "roll_back", mode: Mode = EROSION) -> lis
     words = {"c": "clear", "u": "unknown", "a": "alarm"}
     for letters in rounds:
         for letter in letters:
-            verdict = judge(evidence(**{mode: words[letter]}), None, policy, past)  # type: ignore[arg-type]
+            verdict = judge(evidence(**{mode: words[letter]}), None, policy, past)
             past.append(Past(states=verdict.states, adopted=verdict.adopted))
     return past
 

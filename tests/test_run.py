@@ -40,7 +40,7 @@ def tiny_study(**tables: object) -> study.Study:
         "engine": {"threads": 1, "stack": 2},
     }
     for name, table in tables.items():
-        tree[name] = {**tree.get(name, {}), **table} if isinstance(table, dict) else table  # type: ignore[dict-item]
+        tree[name] = {**tree.get(name, {}), **table} if isinstance(table, dict) else table
     return study.parse(tree)
 
 
@@ -109,7 +109,7 @@ def test_saved_adapters_answer_in_plain_peft_as_they_did_here(tmp_path: Path) ->
     taken: dict[int, float] = {}
 
     def tap(round: int, client: int, readings: object) -> None:
-        taken.setdefault(round, float(readings["fairness_collapse"].values[5]))  # type: ignore[index]
+        taken.setdefault(round, float(readings["fairness_collapse"].values[5]))
 
     chosen = tiny_study(rounds=2)
     setup = prepare(chosen, tmp_path / "cache")
@@ -192,7 +192,7 @@ def test_a_full_disk_is_told_and_the_run_can_go_on(tmp_path: Path, monkeypatch: 
         calls.append(folder)
         if len(calls) == 3:  # the initial adapter's, round 1's, round 2's
             raise OSError(28, "No space left on device", str(folder))
-        real(folder, *rest)  # type: ignore[arg-type]
+        real(folder, *rest)
 
     monkeypatch.setattr(pipeline.adapters, "save", full)
     assert cli.main(["run", str(tmp_path / "study.toml"), "--out", str(out), "--quiet"]) == 2

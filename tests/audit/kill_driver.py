@@ -240,7 +240,7 @@ def plant(bug: str) -> None:
             Consent.__init__ = agrees
     elif bug == "a charge on no disk":
         # the planted bug is exactly that a method of the ledger is another
-        Ledger.charge = lambda self, one: SimpleNamespace(head=self.head)  # type: ignore[method-assign]
+        Ledger.charge = lambda self, one: SimpleNamespace(head=self.head)
     elif bug == "a record without its charge":
         append = RunRecord.append
         RunRecord.append = lambda self, kind, body: None if kind == "charge" else append(self, kind, body)

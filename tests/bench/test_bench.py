@@ -158,7 +158,7 @@ def test_false_alarms_stay_below_alpha_on_every_null_and_a_forgetful_monitor_is_
     cell = Cell(scenario=scenario, n=200, paths=2000, change=10 if after else 0, against=())
     row = next(r for r in measure.measure(cell) if r["mode"] == "any")
     assert row["false_alarm_high"] <= 0.05
-    monkeypatch.setattr("fedcanary.monitor.eprocess._paid", lambda x, *terms: 0.0)
+    monkeypatch.setattr("fedcanary.monitor.eprocess.noise_cost", lambda step, *terms: 0.0)
     worse = next(r for r in measure.measure(cell) if r["mode"] == "any")
     assert worse["false_alarm_low"] > 0.05
 

@@ -50,7 +50,7 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
 
 def problems(source: object, columns: Columns, cache: Path, **more: object) -> list[tuple[str, str, str]]:
     with pytest.raises(BadInput) as caught:
-        read(source, columns, cache, **more)  # type: ignore[arg-type]
+        read(source, columns, cache, **more)
     assert not cache.exists() or not list(cache.iterdir()), "something half-written was left in the cache"
     return [(problem.where, problem.what, problem.remedy) for problem in caught.value.problems]
 

@@ -262,7 +262,7 @@ def test_a_population_without_labels_groups_or_domains(tmp_path: Path) -> None:
 def test_every_problem_of_a_spec_at_once(table: Table, tmp_path: Path) -> None:
     found = said(
         table,
-        PartitionSpec(kind="dirichlet", clients=1, by="lable", alpha=-1.0, min_examples=1, eval_fraction=1.0),  # type: ignore[arg-type]
+        PartitionSpec(kind="dirichlet", clients=1, by="lable", alpha=-1.0, min_examples=1, eval_fraction=1.0),
     )
     assert set(found) == {
         "partition.clients",
@@ -273,7 +273,7 @@ def test_every_problem_of_a_spec_at_once(table: Table, tmp_path: Path) -> None:
     }
     assert "a federation needs 2" in found["partition.clients"]
     with pytest.raises(BadInput, match="did you mean 'dirichlet'"):
-        partition(table, PartitionSpec(kind="dirichlett", clients=3), 0)  # type: ignore[arg-type]
+        partition(table, PartitionSpec(kind="dirichlett", clients=3), 0)
     (tmp_path / "t.csv").write_text("text\na\nb\n")
     bare = read(tmp_path / "t.csv", Columns(text="text"), tmp_path / "cache")
     assert said(bare, PartitionSpec(kind="column")) == {"partition.kind": "the data names no clients"}
@@ -281,14 +281,14 @@ def test_every_problem_of_a_spec_at_once(table: Table, tmp_path: Path) -> None:
         assert (
             said(bare, PartitionSpec(kind="dirichlet", by=by, clients=2))["partition.by"]
             == f"the data has no {by} column"
-        )  # type: ignore[arg-type]
+        )
     assert said(bare, PartitionSpec(kind="quantity", clients=3))["partition.clients"] == "3 clients asked of 2 rows"
     assert "partition.min_examples" in said(bare, PartitionSpec(kind="quantity", clients=2))
     assert "partition.sigma" in said(table, PartitionSpec(kind="quantity", clients=2, sigma=float("nan")))
     assert "partition.alpha" in said(table, PartitionSpec(kind="domain", clients=2, alpha=float("nan")))
     assert said(table, PartitionSpec(kind="dirichlet"))["partition.clients"] == "not given"
     assert said(table, PartitionSpec(kind="column", clients=51))["partition.clients"] == "51 of 50 clients"
-    assert "partition.too_small" in said(table, PartitionSpec(kind="column", too_small="skip"))  # type: ignore[arg-type]
+    assert "partition.too_small" in said(table, PartitionSpec(kind="column", too_small="skip"))
 
 
 def test_small_clients_are_named_or_left_out(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_budget_cannot_be_changed_behind_the_ledgers_back():
     parts["slices"] = 1.0
     assert budget.parts["slices"] == 0.01
     with pytest.raises(TypeError):
-        budget.parts["slices"] = 1.0  # type: ignore[index]
+        budget.parts["slices"] = 1.0
 
 
 def test_charges_name_every_wrong_field():

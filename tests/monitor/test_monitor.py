@@ -416,7 +416,7 @@ def evidence_of(**states: str) -> list[Evidence]:
     return [
         Evidence(
             mode=mode,
-            state=states.get(mode, "unknown"),  # type: ignore[arg-type]
+            state=states.get(mode, "unknown"),
             estimate=0.0,
             interval=(0.0, 0.0),
             unit="",

@@ -183,8 +183,8 @@ def test_bad_input_lists_every_problem():
                 alpha=1.0,
                 power=0.0,
                 spread=-1.0,
-                trust="blind",  # type: ignore[arg-type]  # words that the types forbid, as a caller may type them
-                neighbours="zero",  # type: ignore[arg-type]
+                trust="blind",  # words that the types forbid, as a caller may type them
+                neighbours="zero",
                 min_cohort=1,
                 dropouts=0.5,
                 change=9,

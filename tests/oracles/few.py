@@ -122,7 +122,7 @@ def bare(clients: int, tables: Mapping[str, Any] | None = None) -> Setup:
     return Setup(
         study=checked,
         # stands for a model that nothing here asks to score
-        base=SimpleNamespace(digest="b" * 32, task="causal", source="made-up", revision=None),  # type: ignore[arg-type]
+        base=SimpleNamespace(digest="b" * 32, task="causal", source="made-up", revision=None),
         lora=Lora(
             r=2,
             alpha=4.0,

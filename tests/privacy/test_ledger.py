@@ -170,7 +170,9 @@ def test_a_rule_of_mechanisms_says_how_much_noise_would_fit(tmp_path):
 
 
 def test_no_privacy_needs_an_infinite_budget(tmp_path):
-    nothing = lambda charges: (0.0, 0.0)  # noqa: E731
+    def nothing(charges):
+        return 0.0, 0.0
+
     with opened(tmp_path, spent=nothing) as ledger, pytest.raises(OverBudget, match="infinite budget"):
         ledger.charge(charge(epsilon=math.inf))  # whatever the rule says
     (tmp_path / "free").mkdir()

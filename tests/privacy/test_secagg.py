@@ -95,9 +95,11 @@ class Round:
         """The victim's masking key from the shares that those who think it dropped out gave."""
         near = self.session.neighbours(victim)
         shares = [(near.index(i), dict(answer.shares)[victim]) for i, answer in answers.items()]
-        right = lambda s: (  # noqa: E731
-            crypto.mask_secret(s, self.terms.digest).public_key().public_bytes_raw() == self.adverts[victim].mask_key
-        )
+
+        def right(secret):
+            known = crypto.mask_secret(secret, self.terms.digest).public_key().public_bytes_raw()
+            return known == self.adverts[victim].mask_key
+
         return shamir.recover(shares, self.session.threshold, right)[0]
 
     def stripped(self, victim, *, key_seed=None, own_seed=None):
@@ -171,7 +173,10 @@ def test_below_the_threshold_nothing_is_released(step):
 def test_the_tolerated_share_is_the_callers(tolerated, gone, finishes):
     # 10 clients: at 0.1 one may drop out, but never must more than 2/3 plus one answer (7 of 10)
     vectors = {i: np.arange(3) for i in range(3 if gone == 2 else 10)}
-    work = lambda: aggregate(vectors, dropouts={Step.MASK: set(range(gone))}, tolerated=tolerated)  # noqa: E731
+
+    def work():
+        return aggregate(vectors, dropouts={Step.MASK: set(range(gone))}, tolerated=tolerated)
+
     if finishes:
         assert work().signed.tolist() == [0, 10 - gone, 2 * (10 - gone)]
     else:

@@ -96,7 +96,7 @@ def build(
     plan = monitor.plan(
         margins=parsed.probes.margins.model_dump(),
         parts={p.mode: p.parts for p in setup.probes if p.mode is not None},
-        groups={g: 0.01 for g in setup.probes[1].read_groups},  # type: ignore[attr-defined]
+        groups={g: 0.01 for g in setup.probes[1].read_groups},
         units={p.mode: p.unit for p in setup.probes if p.mode is not None},
         alpha=parsed.monitor.alpha,
         horizon=parsed.rounds,

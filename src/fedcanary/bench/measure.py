@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -172,8 +172,3 @@ def rate(name: str, hits: int, runs: int) -> dict[str, Any]:
     low = float(beta.ppf(0.025, hits, runs - hits + 1)) if hits else 0.0
     high = float(beta.ppf(0.975, hits + 1, runs - hits)) if hits < runs else 1.0
     return {name: hits / runs if runs else math.nan, f"{name}_low": low, f"{name}_high": high, f"{name}_runs": runs}
-
-
-def about(cell: Cell) -> dict[str, Any]:
-    """A cell without its population."""
-    return {k: v for k, v in asdict(cell).items() if k != "scenario"}

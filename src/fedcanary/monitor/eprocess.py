@@ -90,8 +90,8 @@ def log_worse(x: Sums, margin: float, lam: float, tilt: float = 0.0, share: floa
     yy = x.q + 2 * margin * x.s + x.n * margin**2
     bb = (1 - 2 * share) * x.b + x.n * share**2
     zz = lam**2 * yy + cross * (max(clip - margin, 0.0) * x.b + share * y) + tilt**2 * bb
-    paid = _paid(
-        x,
+    paid = noise_cost(
+        x.step,
         (lam + k * (2 * margin * lam**2 + cross * share), x.s_std),
         (k * lam**2, x.q_std),
         (tilt - k * (cross * max(clip - margin, 0.0) + tilt**2 * (1 - 2 * share)), x.b_std),
@@ -117,8 +117,8 @@ def log_clear(x: Sums, margin: float, lam: float, clip: float = CLIP) -> Any:
     return (
         lam * y
         - a * yy
-        - _paid(
-            x,
+        - noise_cost(
+            x.step,
             (lam - 2 * a * margin, x.s_std),
             (a, x.q_std),
             (lam * clip + a * lost, x.lost_std),
@@ -132,7 +132,7 @@ def log_bits_above(x: Sums, share: float, lam: float) -> Any:
 
     f b <= b, so shrinkage can only hide ones here.
     """
-    return lam * x.b - x.n * math.log1p(share * math.expm1(lam)) - _paid(x, (lam, x.b_std))
+    return lam * x.b - x.n * math.log1p(share * math.expm1(lam)) - noise_cost(x.step, (lam, x.b_std))
 
 
 def log_bits_below(x: Sums, share: float, lam: float) -> Any:
@@ -141,7 +141,7 @@ def log_bits_below(x: Sums, share: float, lam: float) -> Any:
     b <= f b + f k + (1 - f) for b or k in {0, 1}.
     """
     ones = x.b + x.missing + x.lost
-    paid = _paid(x, (lam, x.b_std), (lam, x.missing_std), (lam, x.lost_std))
+    paid = noise_cost(x.step, (lam, x.b_std), (lam, x.missing_std), (lam, x.lost_std))
     return -lam * ones - x.n * math.log1p(share * math.expm1(-lam)) - paid
 
 
@@ -160,7 +160,7 @@ def log_spread_above(x: Sums, variance: float, lam: float, clip: float = CLIP) -
         share = min((variance + (clip * step / 2) ** 2) / square, 1.0)
         a = lam / square
         u = a * (x.q - 2 * m * x.s + m**2 * (x.n - x.lost - x.missing))
-        paid = _paid(x, (a, x.q_std), (2 * a * m, x.s_std), (a * m**2, x.lost_std), (a * m**2, x.missing_std))
+        paid = noise_cost(x.step, (a, x.q_std), (2 * a * m, x.s_std), (a * m**2, x.lost_std), (a * m**2, x.missing_std))
         logs.append(u - x.n * math.log1p(share * math.expm1(lam)) - paid)
     return np.minimum.reduce(logs)
 
@@ -177,7 +177,7 @@ def log_spread_below(x: Sums, variance: float, lam: float, clip: float = CLIP) -
         worst = x.missing + x.lost
         u = a * (x.q - 2 * m * x.s + m**2 * (x.n - worst)) + lam * worst
         rest = lam - a * m**2
-        paid = _paid(x, (a, x.q_std), (2 * a * m, x.s_std), (rest, x.lost_std), (rest, x.missing_std))
+        paid = noise_cost(x.step, (a, x.q_std), (2 * a * m, x.s_std), (rest, x.lost_std), (rest, x.missing_std))
         share = min(variance / square, 1.0)
         logs.append(-u - x.n * math.log1p(share * math.expm1(-lam)) - paid)
     return np.logaddexp.reduce(logs) - math.log(len(logs))
@@ -232,16 +232,18 @@ def _log_odds(low: float, high: float) -> float:
     return min(math.log(high / (1 - high) * (1 - low) / low), STEEPEST)
 
 
-def _paid(x: Sums, *terms: tuple[float, float]) -> float:
+def noise_cost(step: float, *terms: tuple[float, float]) -> float:
     """What noise of standard deviation std, entering the exponent with a factor, costs: its log moment function.
+
+    `terms` are (factor, std) of independent noises on multiples of `step`; 0: Gaussian or discrete Gaussian.
 
     Gaussian: half the squares' sum, which also bounds discrete Gaussian noise. Discrete Laplace of variance v (in steps
     squared): -log(1 - v (cosh(a) - 1)) at a factor of a per step, from its probabilities (1 - p) / (1 + p) p^|k| with v
     = 2 p / (1 - p)^2 (Inusah & Kozubowski 2006, section 2); infinite where it has no such moment.
     """
-    if not x.step:
+    if not step:
         return math.fsum((factor * std) ** 2 for factor, std in terms) / 2
-    left = [1 - (std / x.step) ** 2 * (math.cosh(factor * x.step) - 1) for factor, std in terms]
+    left = [1 - (std / step) ** 2 * (math.cosh(factor * step) - 1) for factor, std in terms]
     return math.inf if min(left) <= 0 else -math.fsum(map(math.log, left))
 
 

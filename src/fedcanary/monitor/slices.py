@@ -148,17 +148,13 @@ def log_worse(x: Sums, margin: float, lam: float, clip: float = CLIP) -> float:
         return -math.inf
     a = eprocess.kappa(h) * lam**2
     on_s, on_n = lam + 2 * a * margin, lam * margin + a * margin**2
-    return -on_s * x.s - a * x.q - on_n * x.n - _paid((on_s, x.s_std), (a, x.q_std), (on_n, x.n_std))
+    return -on_s * x.s - a * x.q - on_n * x.n - eprocess.noise_cost(0.0, (on_s, x.s_std), (a, x.q_std), (on_n, x.n_std))
 
 
 def log_bits_above(x: Sums, share: float, lam: float, clip: float = CLIP) -> float:
     """Log e-value against "the slice's share of bad bits is at most `share`", where a bad bit was said as d = -clip."""
     on_b, on_n = lam, math.log1p(share * math.expm1(lam))
-    return on_b * -x.s / clip - on_n * x.n - _paid((on_b, x.s_std / clip), (on_n, x.n_std))
-
-
-def _paid(*terms: tuple[float, float]) -> float:
-    return math.fsum((factor * std) ** 2 for factor, std in terms) / 2
+    return on_b * -x.s / clip - on_n * x.n - eprocess.noise_cost(0.0, (on_b, x.s_std / clip), (on_n, x.n_std))
 
 
 def name(log_e: Sequence[float], amount: float, before: int) -> tuple[bool, ...]:
