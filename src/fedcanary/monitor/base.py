@@ -214,7 +214,7 @@ def _advance(plan: Plan, stream: Stream, old: StreamState, release: Release | No
     if release is None:  # a round without an answer: nothing is learned, and nothing fresh supports a clear
         worse, clear = (0.0,) * bets, (-math.inf,)
     else:
-        worse, clear = _logs(stream, release)
+        worse, clear = log_values(stream, release)
     begin = -math.log(plan.horizon)
     return StreamState(
         worse=tuple(eprocess.log_mean_exp([a, begin]) + math.log(2) + e for a, e in zip(before, worse, strict=True)),
@@ -231,7 +231,7 @@ def bets_of(stream: Stream) -> Sequence[object]:
     return eprocess.ABOVE
 
 
-def _logs(stream: Stream, release: Release) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def log_values(stream: Stream, release: Release) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """A round's log e-values, worse and clear, one for each bet."""
     margin, missing = stream.margin, release.missing_coord(stream.coord)
     x = eprocess.Sums(
@@ -315,7 +315,7 @@ def _evidence(
         why = "no release in this round" if mode_plan.streams else "no public items of this mode's role"
         estimate, interval, part, details = math.nan, (math.nan, math.nan), "", {}
     else:
-        estimate, interval, part = _headline(mode_plan, release)
+        estimate, interval, part = headline(mode_plan, release)
         details = {c: release.mean_answered(c) for c in release.coords if not _auxiliary(c)}
         why = _why(state, clear, release, plan, mode_plan, estimate)
     return Evidence(
@@ -368,7 +368,7 @@ def worst(mode_plan: ModePlan, mean_of: Callable[[Stream], float]) -> tuple[floa
     return max(found, key=lambda pair: pair[0], default=(math.nan, None))
 
 
-def _headline(mode_plan: ModePlan, release: Release) -> tuple[float, tuple[float, float], str]:
+def headline(mode_plan: ModePlan, release: Release) -> tuple[float, tuple[float, float], str]:
     """The mode's estimate over the round's clients with a 95% normal interval, and the stream it is of."""
     value, stream = worst(mode_plan, lambda s: release.mean_answered(s.coord))
     if stream is None:  # nobody could score it: there is no estimate, least of all zero

@@ -123,7 +123,7 @@ def walk(plan: monitor.Plan, mode_plan: ModePlan, release: Release, shape: tuple
     rounds, horizon = shape[0], plan.horizon
     worse, clear = np.zeros(shape), np.full(shape, math.inf)
     for s in mode_plan.streams:
-        bets, passes = (np.stack([np.broadcast_to(e, shape) for e in logs]) for logs in monitor._logs(s, release))
+        bets, passes = (np.stack([np.broadcast_to(e, shape) for e in logs]) for logs in monitor.log_values(s, release))
         kept = np.full((len(bets), shape[1]), -math.inf)  # (lambdas, paths)
         for t in range(rounds):
             kept = np.logaddexp(kept, -math.log(horizon)) + bets[:, t]
@@ -182,7 +182,7 @@ class Windows:
         for at in ((self.change - 1, path) for path in range(FEWEST)):
             values = {name: float(sums[at]) for name, sums in drawn.values.items()}
             one = Sums(drawn.count, float(drawn.lost[at]), drawn.lost_std, values, drawn.noises)
-            _, (low, high), _ = monitor._headline(mode_plan, cast(Release, one))
+            _, (low, high), _ = monitor.headline(mode_plan, cast(Release, one))
             found.append(math.inf if math.isnan(low) else high - low)
         return float(np.median(found))
 

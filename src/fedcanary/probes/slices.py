@@ -19,8 +19,8 @@ from fedcanary.types import Array, Coord
 
 SLICES: Final = "slices"  # the name among the releases
 VERSION: Final = "1"
-# A count's noise is this times the readings' noise. It enters the tests times the margin, so it may be coarse; and
-# unplanted clients of the bundled world use .1 of their message's squared norm, so that .25 for a bit loses nothing.
+# A count's noise is this times the readings' noise. It enters the tests times the margin, so it may be coarse, and
+# leave the message's norm to what is tested.
 MEMBER: Final = 2.0
 Kind = Literal["mean", "share"]
 Values = Mapping[str, Sequence[str]]  # attribute -> its values
