@@ -109,7 +109,8 @@ def test_saved_adapters_answer_in_plain_peft_as_they_did_here(tmp_path: Path) ->
     taken: dict[int, float] = {}
 
     def tap(round: int, client: int, readings: object) -> None:
-        taken.setdefault(round, float(readings["fairness_collapse"].values[5]))
+        if client == 0:
+            taken[round] = float(readings["fairness_collapse"].values[5])
 
     chosen = tiny_study(rounds=2)
     setup = prepare(chosen, tmp_path / "cache")

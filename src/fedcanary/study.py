@@ -145,6 +145,10 @@ class PersonalizeTable(Table):
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Bound on the L2 norm of a step's gradient; 0 for none."""
     schedule: Literal["constant", "linear"] = "constant"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Chance that an input of a LoRA layer is left out of a training step."""
+    early_stop: Annotated[int, Field(ge=0, strict=True)] = 0
+    """A client stops after so many epochs in a row without a lower mean loss; 0: it never does."""
     mu: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the proximal term of fedprox and ditto."""
     on_failure: Literal["stop", "drop"] = "stop"
@@ -319,9 +323,15 @@ class EngineTable(Table):
 
     kind: Literal["inprocess"] = "inprocess"
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads; 0 for as many as there are cores."""
-    stack: Positive = 16
-    """Clients trained in one pass; bounds memory."""
+    """CPU threads; 0: all cores if a short measurement shows that they help, else one."""
+    stack: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Clients trained in one pass; 0: found by a short measurement. A number repeats a run to the last bit."""
+    memory: Positive = 1024
+    """MiB that a pass may hold in activations; bounds `stack`, whether measured or said."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run; auto: on a GPU if there is one."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen base. Adapters, their gradients and the optimizer stay in float32."""
 
 
 class Study(Table):
@@ -401,6 +411,11 @@ class Study(Table):
             found.append('privacy.record: the unit "example" needs noise, clip and sample_rate of the training')
         if self.monitor.spread:
             found.append("monitor.spread: the square of a client's change shows one example too much; leave it out")
+        if self.personalize.dropout or self.personalize.early_stop:
+            found.append(
+                "personalize: dropout and early_stop are not part of the private training that hides an example; "
+                "leave them out"
+            )
         if privacy.trust == "none":
             found.append('privacy.trust: "none" sends readings of single examples as they are; choose another trust')
         if self.personalize.method == "dual":

@@ -207,8 +207,8 @@ def test_parameters_that_are_no_numbers_after_the_last_step_are_a_failure(load):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("rows_per_pass", [256, 7])
-def test_stacked_scores_are_plain_scores(load, architecture, rows_per_pass):
+@pytest.mark.parametrize("tokens", [4096, 7])
+def test_stacked_scores_are_plain_scores(load, architecture, tokens):
     model = load(architecture)
     lora = find_targets(model, r=3, alpha=5.0)
     asked = [items(model.task, n, seed=n) for n in (7, 1, 4)]
@@ -216,8 +216,8 @@ def test_stacked_scores_are_plain_scores(load, architecture, rows_per_pass):
     asked[0].append(strange if model.task == "classify" else asked[1][0])
     rows = [model.rows(a) for a in asked]
     tuned = [random_adapter(model, lora, seed) for seed in range(3)]
-    scores = stacked.score(model, lora, [stacked.stack(tuned)], rows, rows_per_pass=rows_per_pass)
-    bare = stacked.score(model, lora, [], rows, rows_per_pass=rows_per_pass)
+    scores = stacked.score(model, lora, [stacked.stack(tuned)], rows, tokens=tokens)
+    bare = stacked.score(model, lora, [], rows, tokens=tokens)
     for k in range(3):
         for ours, plain in (
             (scores[k], peft_loop.wrapped(model, lora, tuned[k])),
@@ -315,7 +315,7 @@ def test_a_saved_adapter_is_pefts_and_says_the_same(load, tmp_path, architecture
     assert expected.dtype == dtype
     ours = logits_of(model, lora, adapter)
     # float32 logits of these wide random models reach into the tens: the bound is relative to their size
-    torch.testing.assert_close(ours, expected, rtol=0, atol=atol * max(1.0, float(expected.abs().max())) / 10)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=atol * max(1.0, float(expected.abs().max())) / 5)
     assert not torch.allclose(ours, model.model(input_ids=ids).logits, atol=1e-3)
     back = adapters.load(tmp_path / "a")
     assert adapters.digest(back) == adapters.digest(adapter)

@@ -66,10 +66,25 @@ def parameters(model: Any, name: str = "default") -> dict[str, nn.Parameter]:
 
 
 def log_probabilities(model: Any, task: str, rows: Rows, index: int) -> list[tuple[Tensor, int]]:
-    """(log-probability, cell) of every target of one row, forwarded alone."""
-    logits = model(input_ids=torch.tensor([rows.ids[index]])).logits[0]
-    logits = torch.log_softmax(logits, dim=-1)
-    return [((logits[t] if task == "classify" else logits[at, t]), cell) for at, t, cell in rows.targets[index]]
+    """(log-probability, cell) of every target of one row, forwarded alone; a row with branches as a row for each."""
+    found = []
+    for ids, targets in _unshared(rows, index):
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+        logits = torch.log_softmax(logits, dim=-1)
+        found += [((logits[t] if task == "classify" else logits[at, t]), cell) for at, t, cell in targets]
+    return found
+
+
+def _unshared(rows: Rows, index: int) -> list[tuple[list[int], list[tuple[int, int, int]]]]:
+    ids, targets = rows.ids[index], rows.targets[index]
+    starts = rows.branches.get(index)
+    if not starts:
+        return [(ids, targets)]
+    first, found = starts[0], []
+    for start, stop in zip(starts, (*starts[1:], len(ids)), strict=True):
+        own = [(first + at - start, token, cell) for at, token, cell in targets if start <= at < stop]
+        found.append((ids[:first] + ids[start:stop], own))
+    return [(ids[:first], [target for target in targets if target[0] < first]), *found]
 
 
 def train(

@@ -620,7 +620,7 @@ def test_every_unusable_number_is_named(number):
 def test_an_example_of_several_rows_is_refused(load):
     model = load("llama")
     lora, start, _ = client(model)
-    rows = model.rows([Item(prompt="who", choices=(" the owl", " a red stew"), answer=0)])
+    rows = Rows([[1, 5], [1, 6]], [[(1, 7, 0)], [(1, 8, 0)]], (1, 1))
     with pytest.raises(BadInput, match="several rows"):
         fit_private(model, lora, start, [rows], Recipe(), OPEN)
 

@@ -20,7 +20,9 @@ import torch
 from fedcanary.engines import guard, privacy_terms, slices, store
 from fedcanary.engines.consent import Consent
 from fedcanary.engines.plan import plan_of
+from fedcanary.engines.reference import base_probabilities
 from fedcanary.engines.setup import Setup
+from fedcanary.engines.stacking import Pace, measure, settle
 from fedcanary.engines.store import Store
 from fedcanary.errors import ClientFailed, Problem
 from fedcanary.models import stacked
@@ -34,12 +36,12 @@ from fedcanary.privacy.contract import Request
 from fedcanary.privacy.seal import Message, Sealed, Terms, seal
 from fedcanary.probes.base import Answers, ClientView, OwnProbe, Probe, relevant
 from fedcanary.probes.slices import SLICES
-from fedcanary.rng import stream
+from fedcanary.rng import derive, stream
 from fedcanary.types import Array, Item, Reading, Role, Scores
 
 T = TypeVar("T")
 Tap = Callable[[int, int, Mapping[str, Reading]], None]
-KEPT_CLIENTS = 512  # clients whose token rows stay in memory
+KEPT = 4096  # values about clients (their items, token rows, readings of the base) that stay in memory
 
 
 class _Recent:
@@ -48,6 +50,9 @@ class _Recent:
     def __init__(self, size: int) -> None:
         self._size = size
         self._values: OrderedDict[Hashable, object] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         if key not in self._values:
@@ -82,14 +87,16 @@ class LocalClients:
         self._initial, self._first_private = setup.initial, setup.method.split(setup.initial).private
         self._roles = {role: items for role, items in setup.items.items() if items}
         self._items = tuple(item for items in self._roles.values() for item in items)
+        self._recipe = Recipe(**{name: getattr(self._study.personalize, name) for name in Recipe.__dataclass_fields__})
+        self._recent = _Recent(KEPT)
+        self._pace = self._settle(setup, folder.parent / "engine.json")
         self._public = self._base.rows(self._items)
-        self._base_public = self._probabilities(stacked.score(self._base, self._lora, [], [self._public]))[0]
+        self._public = self._below([self._public])[0]
+        self._base_public = base_probabilities(setup, self._pace.tokens)
         self._embedded = stacked.embed(self._base, self._public) if self._method.needs_embedding else np.zeros((0, 0))
         asked = self._study.probes.generate and self._base.task == "causal"
         self._unsafe = [i for i, item in enumerate(self._items) if asked and self._is_unsafe(i, item)]
         self._base_replies = replies(self._base, [self._items[i] for i in self._unsafe])[0]
-        self._recent = _Recent(KEPT_CLIENTS)
-        self._recipe = Recipe(**{name: getattr(self._study.personalize, name) for name in Recipe.__dataclass_fields__})
         self._guard = guard.Guard.of(setup, plan_of(setup, self.base_answers)) if self._study.guard else None
 
     def base_answers(self, role: Role) -> tuple[tuple[Item, ...], Array]:
@@ -119,15 +126,45 @@ class LocalClients:
         if not self._first_private:  # then everyone holds the same model at the round's start
             held = Held(stacked.repeat(shared, 1), {})
             common = self._probabilities(self._score(held, [self._public], [self._embedded]))[0]
-        size = self._study.engine.stack
-        for first in range(0, len(cohort), size):
-            messages = self._stack(round, cohort[first : first + size], shared, common, line)
+        for clients in self._stacks(cohort, round):
+            messages = self._stack(round, clients, shared, common, line)
             sent = []
             for client, said in messages.items():
                 whole = None if said is None else self._whole(said, terms, request, client)
                 sealed = None if whole is None else seal(whole, self._layout, terms, round, client)
                 sent.append(Sent(client, sealed))
             yield sent
+
+    def _settle(self, setup: Setup, file: Path) -> Pace:
+        """The pace of the run's file, or a new one by the training rows of the first clients."""
+        engine, first = self._study.engine, range(min(4, len(setup.population)))
+        return settle(
+            file,
+            lambda: measure(
+                self._base,
+                self._lora,
+                setup.initial,
+                [self._base.targets(setup.population.items(client, "train")) for client in first],
+                self._recipe,
+                stack=engine.stack or None,
+                threads=engine.threads,
+                memory=engine.memory,
+            ),
+        )
+
+    def _stacks(self, cohort: Sequence[int], round: int) -> Iterator[list[int]]:
+        """The cohort in stacks of clients who have about as much to train on, so that few wait for others."""
+        size = self._pace.stack
+        for first in range(0, len(cohort), 4 * size):
+            near = cohort[first : first + 4 * size]
+            rows = {client: self._train_rows(client, round) for client in near}
+            near = sorted(near, key=lambda c: (len(rows[c]), sum(map(len, rows[c].ids)), c))
+            yield from (near[at : at + size] for at in range(0, len(near), size))
+
+    def _below(self, rows: Sequence[Rows]) -> list[Rows]:
+        """The rows with what the base's layers below the first adapter say of them, as far as memory allows."""
+        room = self._study.engine.memory * 2**20 / len(rows)
+        return [stacked.below(self._base, self._lora, one, self._pace.tokens, room) for one in rows]
 
     def _whole(self, said: Message, terms: Terms, request: Request, client: int) -> Message:
         """With the client's word on slices and on its update's norm, where the study has these."""
@@ -148,7 +185,9 @@ class LocalClients:
         k, method = len(clients), self._method
         data = [self._train_rows(c, round) for c in clients]
         local = [self._eval(c) for c in clients]
-        local_rows = [rows for _, rows in local]
+        local_rows = self._below([rows for _, rows in local])
+        if self._record_level is None:
+            data = self._below(data)
         private = [self._private.load(c, line) or self._first_private for c in clients]
         own_z = [np.zeros((0, 0))] * k
         held = Held(stacked.repeat(shared, k), stacked.stack(private) if self._first_private else {})
@@ -164,15 +203,19 @@ class LocalClients:
         def order(j: int, epoch: int) -> np.random.Generator:
             return stream(self._study.seed, "order", clients[j], round, epoch)
 
+        def coins(j: int) -> torch.Generator:
+            return torch.Generator().manual_seed(derive(self._study.seed, "dropout", clients[j], round))
+
         sources = self._sources(clients, round)
 
         def local_fit(start: Adapter, **how: Any) -> object:
             # `how` is what the method chose among fit's own keywords; fit checks them.
             if self._record_level is None:
-                return fit(self._base, self._lora, start, data, self._recipe, order, **how)
+                return fit(self._base, self._lora, start, data, self._recipe, order, coins=coins, **how)
             return fit_private(self._base, self._lora, start, data, self._recipe, self._record_level, sources, **how)
 
         trained = method.train(held, local_fit)
+        base_local = self._base_local(clients, local_rows)
         after_local = self._probabilities(self._score(trained.held, local_rows, own_z))
         after = self._probabilities(self._score(trained.held, public, public_z))
         said = self._replies(held, public_z) if self._unsafe else None
@@ -182,7 +225,7 @@ class LocalClients:
                 self._failed(client, round)
                 messages[client] = None
                 continue
-            view = self._view(client, received_local[j], after_local[j], received[j], after[j])
+            view = self._view(client, base_local[j], received_local[j], after_local[j], received[j], after[j])
             if said is not None:
                 view = replace(view, replies={"base": self._base_replies, "received": said[j]})
             readings = {probe.name: self._read(probe, view) for probe in self._probes}
@@ -215,10 +258,9 @@ class LocalClients:
             )
 
     def _view(
-        self, client: int, received_local: Array, after_local: Array, received: Array, after: Array
+        self, client: int, base_local: Array, received_local: Array, after_local: Array, received: Array, after: Array
     ) -> ClientView:
         items, _ = self._eval(client)
-        base_local = self._recent.get(("base", client), lambda: self._base_local(client))
         suites = {
             role: Answers(
                 items=self._items[a:b],
@@ -301,9 +343,16 @@ class LocalClients:
 
         return self._recent.get(("eval", client), make)
 
-    def _base_local(self, client: int) -> Array:
-        _, rows = self._eval(client)
-        return self._probabilities(stacked.score(self._base, self._lora, [], [rows]))[0]
+    def _base_local(self, clients: Sequence[int], rows: Sequence[Rows]) -> list[Array]:
+        """What the base says to clients' own held-out items, asked once of each client."""
+        known = {j for j, client in enumerate(clients) if ("base", client) in self._recent}
+        said = {j: self._recent.get(("base", clients[j]), lambda: np.zeros((0, 0))) for j in known}
+        new = [j for j in range(len(clients)) if j not in known]
+        if new:
+            asked = [rows[j] for j in new]
+            scores = stacked.score(self._base, self._lora, [], asked, tokens=self._pace.tokens)
+            said |= dict(zip(new, self._probabilities(scores), strict=True))
+        return [self._recent.get(("base", client), partial(said.__getitem__, j)) for j, client in enumerate(clients)]
 
     def _score(self, held: Held, rows: Sequence[Rows], embedded: Sequence[Array]) -> list[Scores]:
         """Scores of K clients' models on K row lists."""
@@ -313,7 +362,7 @@ class LocalClients:
             widest = max(len(z) for z in embedded)
             padded = [np.pad(z, ((0, widest - len(z)), (0, 0)), constant_values=np.nan) for z in embedded]
             weights = self._method.weights(held, padded)
-        return stacked.score(self._base, self._lora, adapters, rows, weights=weights)
+        return stacked.score(self._base, self._lora, adapters, rows, weights=weights, tokens=self._pace.tokens)
 
     @staticmethod
     def _probabilities(scores: Sequence[Scores]) -> list[Array]:

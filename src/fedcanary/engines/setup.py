@@ -16,6 +16,7 @@ from fedcanary.clients.generated import Federation
 from fedcanary.clients.partition import FilePopulation, PartitionSpec, partition
 from fedcanary.clients.population import Population
 from fedcanary.engines.slices import values_of
+from fedcanary.engines.stacking import keep_memory
 from fedcanary.errors import BadInput, Problem, did_you_mean
 from fedcanary.models import adapters
 from fedcanary.models import base as models
@@ -42,6 +43,7 @@ class Setup:
     suites: tuple[Suite, ...]
     probes: tuple[Probe, ...]
     slices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # attributes to ask about, and their values
+    cache: Path | None = None  # where public readings of the base are kept between runs
 
     @property
     def shared(self) -> Adapter:
@@ -92,7 +94,7 @@ def prepare(study: Study, cache: Path) -> Setup:
     Raises:
         BadInput: every problem of model, suites and data together.
     """
-    torch.set_num_threads(study.engine.threads or torch.get_num_threads())
+    keep_memory()
     problems: list[Problem] = []
     base = _try(problems, lambda: _base(study))
     loaded = _try(problems, lambda: load_suites(study))
@@ -126,6 +128,7 @@ def prepare(study: Study, cache: Path) -> Setup:
             spread=study.monitor.spread > 0,
         ),
         slices=asked or {},
+        cache=cache,
     )
 
 
@@ -139,9 +142,19 @@ def _try(problems: list[Problem], make: Any) -> Any:
 
 def _base(study: Study) -> BaseModel:
     table = study.model
-    return models.load(
-        table.source, task=table.task, revision=table.revision, labels=table.labels, max_length=table.max_length
+    engine = study.engine
+    there = torch.cuda.is_available()
+    if engine.device == "cuda" and not there:
+        raise BadInput.of("engine.device", "this torch sees no GPU", 'install a CUDA build of torch, or say "auto"')
+    base = models.load(
+        table.source,
+        task=table.task,
+        revision=table.revision,
+        labels=table.labels,
+        max_length=table.max_length,
+        dtype=getattr(torch, engine.precision),
     )
+    return base.on(torch.device("cuda" if there and engine.device != "cpu" else "cpu"))
 
 
 def load_suites(study: Study) -> tuple[Suite, ...]:

@@ -34,11 +34,16 @@ class Rows:
 
     `targets[i]` lists (position, token or label, cell) of row i: the target is predicted at that position (unused by
     a classifier) and adds to that cell of the flattened (n, C) table of scores; `shape` is (n, C).
+
+    A row may end in several branches that go on from the same prompt and do not see each other: `branches[i]` says
+    where each begins. `hidden[i]` (T, D) is what the layers below the first adapter say of row i, if that is known.
     """
 
     ids: list[list[int]]
     targets: list[list[tuple[int, int, int]]]
     shape: tuple[int, int]
+    branches: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    hidden: list[torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,7 +51,13 @@ class Rows:
     def only(self, keep: Sequence[bool]) -> Rows:
         """The rows of the items to keep; the table's shape stays, so the other items become unscored."""
         kept = [row for row, item in enumerate(self.items()) if keep[item]]
-        return Rows([self.ids[row] for row in kept], [self.targets[row] for row in kept], self.shape)
+        return Rows(
+            [self.ids[row] for row in kept],
+            [self.targets[row] for row in kept],
+            self.shape,
+            {at: self.branches[row] for at, row in enumerate(kept) if row in self.branches},
+            None if self.hidden is None else [self.hidden[row] for row in kept],
+        )
 
     def items(self) -> list[int]:
         """The item each row belongs to."""
@@ -71,6 +82,20 @@ class BaseModel:
         """Hex digest of every weight, the configuration and the tokenizer."""
         return content_digest(self.model, self.tokenizer)
 
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What the base computes in."""
+        return next(self.model.parameters()).dtype
+
+    def on(self, device: torch.device) -> BaseModel:
+        """The same model with its weights on a device."""
+        return self if device == self.device else replace(self, model=self.model.to(device), _encoded={})
+
     @property
     def backbone(self) -> Any:
         """The model without its output layer."""
@@ -85,10 +110,26 @@ class BaseModel:
     @cached_property
     def plain_head(self) -> bool:
         """Whether the logits are the output layer's, unscaled and uncapped (not so in Gemma or Cohere models)."""
-        ids = torch.arange(4).unsqueeze(0) % self.head.weight.shape[0]
+        ids = torch.arange(4, device=self.device).unsqueeze(0) % self.head.weight.shape[0]
         with torch.inference_mode():
             alone = self.head(self.backbone(input_ids=ids).last_hidden_state)
             return torch.allclose(alone, self.model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+    @cached_property
+    def shares_prompts(self) -> bool:
+        """Whether choices may be branches of one row: not in models that look only so far back, or ignore our mask."""
+        if getattr(self.model.config, "sliding_window", None):
+            return False
+        ids = torch.arange(5, device=self.device) % self.head.weight.shape[0]  # prompt 0 1 2, branches 3 and 4
+        sees = torch.tril(torch.ones(5, 5, dtype=torch.bool, device=self.device))
+        sees[4, 3] = False
+        mask = torch.zeros(1, 1, 5, 5, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(~sees, torch.finfo(self.dtype).min)
+        where = torch.tensor([[0, 1, 2, 3, 3]], device=self.device)
+        with torch.inference_mode():
+            both = self.model(input_ids=ids[None], attention_mask=mask, position_ids=where, use_cache=False).logits
+            alone = self.model(input_ids=ids[None, [0, 1, 2, 4]], use_cache=False).logits
+        return torch.allclose(both[:, [0, 1, 2, 4]], alone, rtol=1e-3, atol=1e-4)
 
     @property
     def pad(self) -> int:
@@ -160,9 +201,25 @@ class BaseModel:
             rows.ids.append(list(prefixes.pop()))
             rows.targets.append([(start - 1, ids[start], cell + i) for i, (ids, start) in enumerate(encoded)])
             return
+        if len(encoded) > 1 and len(prefixes) == 1 and self.shares_prompts:
+            self._branches(rows, cell, encoded)
+            return
         for i, (ids, start) in enumerate(encoded):
             rows.ids.append(ids[:-1])
             rows.targets.append([(at - 1, ids[at], cell + i) for at in range(start, len(ids))])
+
+    def _branches(self, rows: Rows, cell: int, encoded: Sequence[tuple[list[int], int]]) -> None:
+        """One row: the prompt, then each choice but for its last token, which nobody has to read on from."""
+        whole, targets, starts = list(encoded[0][0][: encoded[0][1]]), [], []
+        for i, (ids, start) in enumerate(encoded):
+            targets.append((start - 1, ids[start], cell + i))
+            targets += [(len(whole) + at, ids[start + 1 + at], cell + i) for at in range(len(ids) - start - 1)]
+            if len(ids) > start + 1:
+                starts.append(len(whole))
+                whole += ids[start:-1]
+        rows.branches[len(rows.ids)] = tuple(starts)
+        rows.ids.append(whole)
+        rows.targets.append(targets)
 
 
 def load(

@@ -1,13 +1,16 @@
 """Local training of K clients at once: one optimizer over stacked parameters, clients never mixing.
 
-Every client has its own data, its own order of examples, its own number of steps and its own gradient norm; a client
-that has finished (or failed) stops moving while the others go on.
+Every client has its own data, its own order of examples, its own number of steps, its own gradient norm and its own
+dropout; a client that has finished (or failed) stops moving while the others go on. What moves is one table, a row for
+each client, so that a step of all of them is a few elementwise operations.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -22,7 +25,10 @@ from fedcanary.types import Array
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How a client trains. `clip` bounds the L2 norm of its gradient per step (0: no bound)."""
+    """How a client trains. `clip` bounds the L2 norm of its gradient per step (0: no bound), `dropout` is the chance
+    that an input of a LoRA layer is left out, and `early_stop` the number of epochs in a row without a lower mean loss
+    after which a client stops (0: it never does).
+    """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 2e-3
@@ -31,11 +37,15 @@ class Recipe:
     weight_decay: float = 0.0
     clip: float = 1.0
     schedule: Literal["constant", "linear"] = "constant"
+    dropout: float = 0.0
+    early_stop: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """K trained adapters, each client's mean loss over its last epoch (K,), and who failed (K,): loss not finite."""
+    """K trained adapters, each client's mean loss over its last whole epoch (K,), NaN if there is none, and who failed
+    (K,): loss not finite.
+    """
 
     params: Adapter
     loss: Array
@@ -55,6 +65,7 @@ def fit(
     mu: float = 0.0,
     beside: Sequence[tuple[Mapping[str, Tensor], float]] = (),
     weight: float | None = None,
+    coins: Callable[[int], torch.Generator] | None = None,
 ) -> Fitted:
     """Train a stacked adapter on K clients' rows.
 
@@ -70,47 +81,93 @@ def fit(
         mu: its weight.
         beside: other adapters that are attached, unmoved, each with a weight (a mixture).
         weight: weight of the trained adapter in that mixture.
+        coins: coins(k) gives the generator of client k's dropout; needed if the recipe has dropout.
     """
-    k = len(data)
-    params = {n: t.detach().clone().requires_grad_(trains(n)) for n, t in start.items()}
-    moving = {n: t for n, t in params.items() if t.requires_grad}
-    steps = np.array([recipe.epochs * -(-len(rows) // recipe.batch) for rows in data])
+    k, device = len(data), base.device
+    epoch_steps = np.array([-(-len(rows) // recipe.batch) for rows in data], dtype=np.int64)
+    steps = recipe.epochs * epoch_steps
     plan = [_plan(rows, recipe, order, j) for j, rows in enumerate(data)]
-    optimizer = _Optimizer(moving, recipe)
-    failed = np.zeros(k, dtype=bool)
-    loss_sum, loss_steps = np.zeros(k), np.zeros(k)
+    start = {name: tensor.to(device) for name, tensor in start.items()}
+    beside = [({name: tensor.to(device) for name, tensor in other.items()}, w) for other, w in beside]
+    moving = _Moving.of({name: tensor for name, tensor in start.items() if trains(name)})
+    pulled = None
+    if anchor is not None and mu > 0:
+        pulled = _Moving.of({name: anchor[name].to(device) for name in moving.shapes}).table
+    optimizer = _Optimizer(moving.table, recipe)
+    sources = [coins(j) for j in range(k)] if coins is not None and recipe.dropout > 0 else None
+    failed, patience = np.zeros(k, dtype=bool), _Patience(k, recipe.early_stop)
     for step in range(int(steps.max(initial=0))):
-        active = (steps > step) & ~failed
-        if not active.any():
+        on = np.flatnonzero((steps > step) & ~failed & ~patience.over).tolist()
+        if not on:
             break
-        chosen = [plan[j][step] if active[j] else [] for j in range(k)]
-        laid = batch(base, data, chosen)
+        rows = torch.tensor(on, device=device)
+        leaves = moving.leaves(rows)
+        params = {name: leaves.get(name, tensor[rows]) for name, tensor in start.items()}
+        laid = batch(base, [data[j] for j in on], [plan[j][step] for j in on])
         tall = laid.ids.shape[0]
-        parts = [Part(params, None if weight is None else torch.full((tall,), weight, dtype=_dtype(params)))]
-        parts += [Part(other, torch.full((tall,), w, dtype=_dtype(params))) for other, w in beside]
-        with attached(base, lora, parts, k):
-            nll = -log_probabilities(base, laid)
-        count = torch.bincount(laid.client, minlength=k).clamp(min=1)
-        loss = torch.zeros(k, dtype=nll.dtype).index_add_(0, laid.client, nll) / count  # (K,) mean over tokens
-        total = loss.sum()
-        if anchor is not None and mu > 0:
-            total = total + mu / 2 * sum(((t - anchor[n]) ** 2).sum() for n, t in moving.items())
-        gradients = torch.autograd.grad(total, list(moving.values()), allow_unused=True)
-        seen = loss.detach().double().numpy()
-        failed |= active & ~np.isfinite(seen)
-        failed |= active & ~_finite(gradients, k)
-        last = active & (step >= steps - steps // max(recipe.epochs, 1))
-        loss_sum[last] += seen[last]
-        loss_steps[last] += 1
-        rate = _rate(recipe, step, steps)
-        optimizer.step(gradients, active & ~failed, rate)
-    failed |= ~_finite(list(moving.values()), k)  # the last step has no later loss to show it
-    mean = np.divide(loss_sum, loss_steps, out=np.full(k, np.nan), where=loss_steps > 0)
-    return Fitted({n: t.detach() for n, t in params.items()}, mean, failed)
+        drop = None
+        if sources is not None:
+            sizes = [_size(data[j], plan[j][step]) for j in on]
+            drop = partial(_dropped, recipe.dropout, [sources[j] for j in on], sizes)
+        parts = [Part(params, None if weight is None else _full(tall, weight, params), drop)]
+        for other, w in beside:
+            parts.append(Part({name: tensor[rows] for name, tensor in other.items()}, _full(tall, w, params)))
+        with attached(base, lora, parts, len(on)):
+            nll = -log_probabilities(base, laid, lora)
+        count = torch.bincount(laid.client, minlength=len(on)).clamp(min=1)
+        loss = torch.zeros(len(on), dtype=nll.dtype, device=device).index_add_(0, laid.client, nll) / count
+        gradient = moving.join(torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True), len(on))
+        if pulled is not None:
+            gradient.add_(moving.table[rows] - pulled[rows], alpha=mu)
+        seen = loss.detach().double().cpu().numpy()  # each client's mean over its tokens
+        good = np.isfinite(seen) & optimizer.step(rows, gradient, step + 1, _rate(recipe, step, steps[on]))
+        failed[on] = ~good
+        patience.note(on, seen, (step + 1) % epoch_steps[on] == 0)
+    failed |= ~torch.isfinite(moving.table).all(dim=1).cpu().numpy()  # the last step has no later loss to show it
+    trained = moving.split()
+    return Fitted({n: trained.get(n, t).detach().clone().cpu() for n, t in start.items()}, patience.loss, failed)
 
 
-def _dtype(params: Mapping[str, Tensor]) -> torch.dtype:
-    return next(iter(params.values())).dtype
+class _Patience:
+    """Mean loss of each client's epochs, and whose training is over because it no longer falls."""
+
+    def __init__(self, k: int, epochs: int) -> None:
+        self.over, self.loss = np.zeros(k, dtype=bool), np.full(k, np.nan)
+        self._epochs, self._best, self._waited = epochs, np.full(k, np.inf), np.zeros(k, dtype=np.int64)
+        self._sum, self._count = np.zeros(k), np.zeros(k)
+
+    def note(self, on: Sequence[int], loss: Array, ends: np.ndarray) -> None:
+        """Take in one step of the clients `on`: their losses, and for whom an epoch ends with it."""
+        self._sum[on] += loss
+        self._count[on] += 1
+        done = np.asarray(on)[ends]
+        self.loss[done] = self._sum[done] / self._count[done]
+        self._sum[done] = self._count[done] = 0
+        better = self.loss[done] < self._best[done]
+        self._waited[done] = np.where(better, 0, self._waited[done] + 1)
+        self._best[done] = np.minimum(self._best[done], self.loss[done])
+        self.over[done] = (self._epochs > 0) & (self._waited[done] >= self._epochs)
+
+
+def _size(rows: Rows, chosen: Sequence[int]) -> tuple[int, int]:
+    return len(chosen), max(len(rows.ids[i]) for i in chosen)
+
+
+def _dropped(chance: float, sources: Sequence[torch.Generator], sizes: Sequence[tuple[int, int]], x: Tensor) -> Tensor:
+    """LoRA's input (K * B, T, ...) with each client's own dropout, which knows nothing of the others or of padding."""
+    k = len(sources)
+    kept = torch.ones(x.shape)
+    each = kept.view(k, -1, *x.shape[1:])
+    for j, (source, (height, width)) in enumerate(zip(sources, sizes, strict=True)):
+        shape = (height, min(width, x.shape[1]), x.shape[2]) if x.dim() == 3 else (height, x.shape[1])
+        own = each[j, :height, : shape[1]]
+        own.copy_((torch.rand(shape, generator=source) >= chance) / (1 - chance))
+    return x * kept.to(x)
+
+
+def _full(tall: int, weight: float, like: Mapping[str, Tensor]) -> Tensor:
+    some = next(iter(like.values()))
+    return torch.full((tall,), weight, dtype=some.dtype, device=some.device)
 
 
 def _plan(rows: Rows, recipe: Recipe, order: Callable[[int, int], np.random.Generator], k: int) -> list[list[int]]:
@@ -127,53 +184,65 @@ def _rate(recipe: Recipe, step: int, steps: np.ndarray) -> Array:
     return np.asarray(recipe.lr * np.clip(1 - step / np.maximum(steps, 1), 0, 1))
 
 
-def _finite(gradients: Sequence[Tensor | None], k: int) -> np.ndarray:
-    good = np.ones(k, dtype=bool)
-    for g in gradients:
-        if g is not None:
-            good &= torch.isfinite(g.reshape(k, -1)).all(dim=1).numpy()
-    return good
+@dataclass(frozen=True, slots=True)
+class _Moving:
+    """The parameters that move as one table (K, P), and which of its columns are which tensor."""
+
+    table: Tensor
+    shapes: Mapping[str, torch.Size]  # of one client
+
+    @classmethod
+    def of(cls, stacked: Mapping[str, Tensor]) -> _Moving:
+        table = torch.cat([t.detach().reshape(len(t), -1) for t in stacked.values()], dim=1)  # a copy
+        return cls(table, {name: t.shape[1:] for name, t in stacked.items()})
+
+    def leaves(self, rows: Tensor) -> Adapter:
+        """The tensors of some clients, for one pass of autograd."""
+        return {name: t.detach().requires_grad_() for name, t in self.split(self.table[rows]).items()}
+
+    def split(self, table: Tensor | None = None) -> Adapter:
+        """Views of a table, by name."""
+        table = self.table if table is None else table
+        parts = torch.split(table, [shape.numel() for shape in self.shapes.values()], dim=1)
+        return {name: part.view(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def join(self, gradients: Sequence[Tensor | None], k: int) -> Tensor:
+        """(k, P) of one gradient for each tensor; None is zero."""
+        found = [
+            self.table.new_zeros(k, shape.numel()) if g is None else g.reshape(k, -1)
+            for g, shape in zip(gradients, self.shapes.values(), strict=True)
+        ]
+        return torch.cat(found, dim=1)
 
 
 class _Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2) or SGD, elementwise over stacked parameters."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2) or SGD, elementwise over the table."""
 
-    def __init__(self, params: Mapping[str, Tensor], recipe: Recipe) -> None:
-        self.params = list(params.values())
-        self.recipe = recipe
-        self.first = [torch.zeros_like(p) for p in self.params]
-        self.second = [torch.zeros_like(p) for p in self.params]
-        self.steps: np.ndarray | None = None
+    def __init__(self, table: Tensor, recipe: Recipe) -> None:
+        self.table, self.recipe = table, recipe
+        self.first, self.second = torch.zeros_like(table), torch.zeros_like(table)
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor | None], active: np.ndarray, rate: Array) -> None:
-        """Move the active clients' parameters; `rate` is (K,)."""
-        k = len(active)
-        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, gradients, strict=True)]
-        dtype = self.params[0].dtype
+    def step(self, rows: Tensor, gradient: Tensor, count: int, rate: Array) -> np.ndarray:
+        """Move some clients' rows, `count` steps into their training, at rates (k,).
+
+        Returns which of them moved, (k,): those whose gradient is finite. The gradient (k, P) is overwritten.
+        """
+        norm = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64)
+        good = torch.isfinite(norm)
+        if not good.all():
+            rows, gradient, norm, rate = rows[good], gradient[good], norm[good], rate[good.cpu().numpy()]
         if self.recipe.clip > 0:
-            norm = torch.stack([(g.reshape(k, -1).double() ** 2).sum(1) for g in grads]).sum(0).sqrt()  # (K,)
-            factor = (self.recipe.clip / norm.clamp(min=1e-12)).clamp(max=1.0).to(dtype)
-            grads = [g * _per_client(factor, g) for g in grads]
-        self.steps = np.zeros(k) if self.steps is None else self.steps
-        self.steps = self.steps + active
-        count = np.maximum(self.steps, 1)
-        on = torch.from_numpy(active)
-        lr = torch.from_numpy(np.where(active, rate, 0.0)).to(dtype)
-        for p, g, m, v in zip(self.params, grads, self.first, self.second, strict=True):
-            moved = _per_client(on, p)
-            g = torch.where(moved, g, torch.zeros_like(g))  # a failed client's NaN stays out of its state
-            if self.recipe.weight_decay:
-                p.mul_(1 - _per_client(lr, p) * self.recipe.weight_decay)
-            if self.recipe.optimizer == "sgd":
-                p.sub_(_per_client(lr, p) * g)
-                continue
-            m.copy_(torch.where(moved, 0.9 * m + 0.1 * g, m))
-            v.copy_(torch.where(moved, 0.999 * v + 0.001 * g * g, v))
-            scale1 = _per_client(torch.from_numpy(1 - 0.9**count).to(dtype), p)
-            scale2 = _per_client(torch.from_numpy(1 - 0.999**count).to(dtype), p)
-            p.sub_(_per_client(lr, p) * (m / scale1) / ((v / scale2).sqrt() + 1e-8))
-
-
-def _per_client(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *([1] * (like.dim() - 1)))
+            gradient.mul_((self.recipe.clip / norm.clamp(min=1e-12)).clamp(max=1.0).to(gradient.dtype).unsqueeze(1))
+        lr = torch.from_numpy(rate).to(gradient).unsqueeze(1)
+        table = self.table[rows]
+        if self.recipe.weight_decay:
+            table.mul_(1 - lr * self.recipe.weight_decay)
+        if self.recipe.optimizer == "adamw":
+            first = self.first[rows].lerp_(gradient, 0.1)
+            second = self.second[rows].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            self.first[rows], self.second[rows] = first, second
+            root = second.sqrt_().div_(math.sqrt(1 - 0.999**count)).add_(1e-8)
+            gradient = first.div_(root).div_(1 - 0.9**count)
+        self.table[rows] = table.sub_(gradient.mul_(lr))
+        return good.cpu().numpy()
