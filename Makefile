@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Nothing here needs a model hub: a missing file is an error, not a download.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all lint bench bench-silentbench bench-demo bench-plants bench-secagg bench-planner example-hatecheck example-shakespeare bundled clean help
+.PHONY: demo test test-all lint bench bench-silentbench bench-demo bench-plants bench-secagg bench-planner bench-speed bench-panels example-hatecheck example-shakespeare bundled clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 22
@@ -75,6 +75,12 @@ bench-secagg: $(VENV)/.installed ## secure aggregation: cost of a client and of 
 
 bench-planner: $(VENV)/.installed ## the planner's predictions against windows played message by message
 	$(BIN)/python benchmarks/planner.py
+
+bench-speed: $(VENV)/.test ## ours beside peft, Flower and pfl on the same job (100 minutes; makes two venvs once)
+	$(BIN)/python benchmarks/speed.py
+
+bench-panels: $(VENV)/.installed ## a million clients' readings to a verdict: time and memory
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/panels.py
 
 bench-plants: $(VENV)/.installed ## the 140 runs: six planted failures and none, 20 seeds each
 	$(BIN)/python benchmarks/plants.py

@@ -67,12 +67,19 @@ class Encoding:
 
     def messages(self, readings: Mapping[str, Array]) -> Integers:
         """(n, K + 1) integers for n clients at once, from values (n, K_p) by probe. Raises ValueError unless finite."""
-        w = np.concatenate([_weights(coords, readings[probe]) for probe, coords in self.layout.items()], axis=-1)
+        (sent, own, whole, up), zero, scale = _columns(tuple(map(tuple, self.layout.values())))
+        said = [readings[probe] for probe in self.layout]
+        table = np.concatenate([*said, np.zeros((len(said[0]), 1))], axis=1)  # the last column is 0: "no such bit"
+        # `take` lays rows out one after the other, so that a row's sum is the same in whatever company it comes.
+        unsaid = table.take(own, axis=1)
+        unsaid = np.where(unsaid > 0, unsaid, table.take(whole, axis=1))
+        # 0 for what a client could not say; less, in proportion, for what only some of its items could say
+        w = (1.0 - unsaid) * (table.take(sent, axis=1) - zero) / scale
         if not np.isfinite(w).all():
             raise ValueError("a reading is not finite")
-        scaled = (UNIT - math.sqrt(self.size)) * shrink(w)
-        up = np.array([*(c.up for _, c in self.sent), True])
-        return np.where(up, np.ceil(scaled), np.trunc(scaled)).astype(np.int64)
+        scaled = (UNIT - math.sqrt(len(sent) + 1)) * shrink(w)
+        scaled[:, up] = np.ceil(scaled[:, up])
+        return np.asarray(scaled.astype(np.int64))  # toward zero
 
     def reach(self, items: int, moves: Mapping[str, Mapping[str, float]]) -> float:
         """How far one of a client's `items` own items, made unscoreable, moves its message; in units of UNIT.
@@ -126,23 +133,23 @@ def shrink(w: Array) -> Array:
     return np.concatenate([f * w, 1.0 - f], axis=-1)
 
 
-def _weights(coords: Sequence[Coord], values: Array) -> Array:
-    """The clients' w (n, K) of what is sent of (n, K_p) values; 0 for what a client could not say.
-
-    Less, in proportion, for what only some of its items could say.
-    """
-    sent, own, whole, zero, scale = _columns(tuple(coords))
-    bits = np.concatenate([values, np.zeros((len(values), 1))], axis=1)  # the last column stands for "no such bit"
-    unsaid = np.where(bits[:, own] > 0, bits[:, own], bits[:, whole])
-    return np.asarray((1.0 - unsaid) * (values[:, sent] - zero) / scale)
-
-
 @cache
-def _columns(coords: tuple[Coord, ...]) -> tuple[Array, ...]:
-    """Of each coordinate sent: its column, those of its own missing bit and of the probe's, zero and scale."""
-    at = {c.name: k for k, c in enumerate(coords)}
-    sent = [c for c in coords if c.scale is not None]
-    own = [at.get(missing_bit(c.name), -1) for c in sent]
-    whole = [-1 if c.name == "missing" else at.get("missing", -1) for c in sent]
-    columns = [np.array(k, dtype=np.int64) for k in ([at[c.name] for c in sent], own, whole)]
-    return (*columns, np.array([c.zero for c in sent]), np.array([c.scale for c in sent], dtype=np.float64))
+def _columns(layout: tuple[tuple[Coord, ...], ...]) -> tuple[tuple[Integers, ...], Array, Array]:
+    """Of each coordinate sent, in a table of all values: its column, its own missing bit's, its probe's (-1: none).
+
+    Then which columns of a message are rounded up; and the coordinates' zeros and scales.
+    """
+    sent, own, whole, kept, first = [], [], [], [], 0
+    for coords in layout:
+        at = {c.name: first + k for k, c in enumerate(coords)}
+        for c in coords:
+            if c.scale is not None:
+                kept.append(c)
+                sent.append(at[c.name])
+                own.append(at.get(missing_bit(c.name), -1))
+                whole.append(-1 if c.name == "missing" else at.get("missing", -1))
+        first += len(coords)
+    up = [k for k, c in enumerate(kept) if c.up] + [len(kept)]
+    columns = tuple(np.array(k, dtype=np.int64) for k in (sent, own, whole, up))
+    zero, scale = (np.array([getattr(c, name) for c in kept], dtype=np.float64) for name in ("zero", "scale"))
+    return columns, zero, scale

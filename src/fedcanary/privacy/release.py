@@ -18,12 +18,13 @@ readings (`Terms.exact`), which are post-processing of it, cite that charge.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -31,11 +32,26 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedcanary.errors import FedcanaryError
 from fedcanary.privacy import secagg
 from fedcanary.privacy.encode import UNIT, Encoding, Integers, Sums
-from fedcanary.privacy.seal import FIXED, RANGE, READINGS, TRAINING, UPDATE, Layout, Sealed, Terms
+from fedcanary.privacy.seal import (
+    FIXED,
+    RANGE,
+    READINGS,
+    TRAINING,
+    UPDATE,
+    Bits,
+    Clients,
+    Layout,
+    Sealed,
+    Terms,
+    bounds,
+    inside,
+    norms,
+)
 from fedcanary.types import Array, Coord, Release
 
 Registration = tuple[secagg.Registry, Mapping[int, Ed25519PrivateKey]]  # the list, and each simulated client's own key
 BITS = 64  # entries are below 2^44, their noise far below 2^60: sums over 2^17 clients do not wrap
+ROOM: Final = int(2.0**63 / (RANGE * FIXED))  # clients whose sum cannot wrap, whatever they say within their bounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +91,9 @@ class Gate:
         self._layout = {name: tuple(coords) for name, coords in layout.items()}
         self._encoding = Encoding(terms.bounded(self._layout))
         self._exact = terms.exactly(self._layout)
-        everything = sum(len(coords) for coords in self._layout.values())
-        exact = sum(len(coords) for coords in self._exact.values())
-        self._readings = everything if terms.trust == "none" else self._encoding.size + exact
+        exact = self._layout if terms.trust == "none" else self._exact
+        self._bounds = bounds(exact)  # of what is seen as it is
+        self._readings = len(self._bounds[0]) + (0 if terms.trust == "none" else self._encoding.size)
         self.terms = terms
         self._charge = charge
         self._cohort, self._run, self._registration = cohort, run, registration
@@ -86,48 +102,77 @@ class Gate:
         self._seen: set[int] = set()
         self._total: Sealed | None = None  # of vectors that the server sees
         self._sealed: dict[int, Integers] = {}  # what stays with each client until it is masked
+        self._wrapped = False  # the total is beyond 64 bits
         self._closed = False
 
     def put(self, client: int, vector: Sealed) -> bool:
         """Take in a client's sealed vector (see `seal.seal`); False if it is dropped, which `refused` counts."""
+        return self.put_all([client], vector[None])[0]
+
+    def put_all(self, clients: Clients, vectors: Sealed) -> list[bool]:
+        """Take in n clients' sealed vectors, the rows of (n, L); False for each that is dropped, as `refused` counts.
+
+        To the last bit what `put` does with one after the other. Of what is taken only the sum stays, except under
+        `secure_aggregation`, where this stands in for the clients until each vector is masked.
+        """
         if self._closed:
             raise FedcanaryError("a message came after its round was closed")
-        reason = self._reason(client, vector)
-        if reason:
-            self.refused[reason] += 1
-            return False
-        self._size = len(vector)
-        self._seen.add(client)
-        if self.terms.trust == "secure_aggregation":
-            self._sealed[client] = vector
-        else:
-            self._total = vector.copy() if self._total is None else self._total + vector
-        return True
+        vectors, names = np.ascontiguousarray(vectors), np.asarray(clients).tolist()
+        shaped = self._shaped(vectors)
+        sound = self._sound(vectors).tolist() if shaped else [False] * len(vectors)
+        taken = []
+        for client, good in zip(names, sound, strict=True):
+            reason = ""
+            if self._cohort is not None and client not in self._cohort:
+                reason = "not in this round's panel"
+            elif client in self._seen:
+                reason = "a second message of one client"
+            elif not good:
+                reason = "out of bounds" if shaped else "wrong shape"
+            else:
+                self._seen.add(client)
+            if reason:
+                self.refused[reason] += 1
+            taken.append(not reason)
+        if any(taken):
+            self._add(names, vectors, taken)
+        return taken
 
-    def _reason(self, client: int, vector: Sealed) -> str:
-        """Why a vector is not taken; empty if it is. What a trust hides from the server cannot be checked here."""
-        readings, size = self._readings, self._encoding.size
-        dtype = np.float64 if self.terms.trust == "none" else np.int64
-        if self._cohort is not None and client not in self._cohort:
-            return "not in this round's panel"
-        if client in self._seen:
-            return "a second message of one client"
-        if vector.dtype != dtype or vector.ndim != 1 or len(vector) <= readings:
-            return "wrong shape"
-        if len(vector) != (self._size or len(vector)):
-            return "wrong shape"
+    def _shaped(self, vectors: Sealed) -> bool:
+        """Whether every row may be a sealed vector of this round; the first that was taken says how long they are."""
+        if vectors.dtype != (np.float64 if self.terms.trust == "none" else np.int64) or vectors.ndim != 2:
+            return False
+        length = int(vectors.shape[1])
+        return length > self._readings and length == (self._size or length)
+
+    def _sound(self, vectors: Sealed) -> Bits:
+        """(n,) whether each row is within its bounds. What a trust hides from the server cannot be checked here."""
+        start, size, (low, high) = self._readings, self._encoding.size, self._bounds
+        sound: Bits = np.ones(len(vectors), dtype=np.bool_)
         if self.terms.trust == "none":
-            if not np.isfinite(vector).all() or not _inside(vector[:readings], self._layout):
-                return "out of bounds"
+            sound &= np.isfinite(vectors).all(axis=1)
+            sound &= inside(vectors[:, :start], low, high)
         elif self.terms.trust == "central":
-            update = vector[readings:].astype(np.float64) / FIXED
-            most = self.terms.update_clip
-            far = math.isfinite(most) and np.linalg.norm(update[:-1]) > most * abs(update[-1]) * (1 + 1e-9)
-            large = far or np.abs(update).max() >= RANGE
-            outside = not _inside(vector[size:readings] / FIXED, self._exact, slack=1 / FIXED)
-            if large or outside or np.linalg.norm(vector[:size].astype(np.float64)) > UNIT:
-                return "out of bounds"
-        return ""
+            update, most, slack = vectors[:, start:] / FIXED, self.terms.update_clip, 1 / FIXED
+            sound &= norms(vectors[:, :size].astype(np.float64)) <= UNIT
+            sound &= np.abs(update).max(axis=1) < RANGE
+            if math.isfinite(most):
+                sound &= norms(update[:, :-1]) <= most * np.abs(update[:, -1]) * (1 + 1e-9)
+            if start > size:
+                sound &= inside(vectors[:, size:start] / FIXED, low - slack, high + slack)
+        return sound
+
+    def _add(self, names: Sequence[int], vectors: Sealed, taken: Sequence[bool]) -> None:
+        rows = vectors if all(taken) else vectors[np.array(taken)]
+        self._size = rows.shape[1]
+        if self.terms.trust == "secure_aggregation":
+            self._sealed.update(zip(itertools.compress(names, taken), rows.copy(), strict=True))
+            return
+        if self._total is not None:  # row after row, as numbers that are rounded have to be added
+            rows = np.concatenate([self._total[None], rows])
+        self._total = rows.sum(axis=0, initial=-rows.dtype.type(0))  # to -0.0, everything adds as it is
+        if self.terms.trust != "none" and len(self._seen) > ROOM:
+            self._wrapped |= bool((np.abs(rows.sum(axis=0, dtype=np.float64) - self._total) > 2.0**62).any())
 
     def close(self) -> dict[str, Release]:
         """Write the charges, then open the sums: a release for each probe and one for the update.
@@ -143,6 +188,9 @@ class Gate:
             return {}
         if count < self.terms.floor:
             self._abort(f"{count} clients answered, and no sum over fewer than {self.terms.floor} is opened")
+            return {}
+        if self._wrapped:
+            self._abort("the sum of the updates is too large for 64 bits: let clients weigh less")
             return {}
         if total is None:
             return self._masked()
@@ -248,11 +296,6 @@ class Gate:
             lost=lost,
             lost_std=lost_std,
         )
-
-
-def _inside(said: Array, layout: Layout, slack: float = 0.0) -> bool:
-    low, high = np.array([[c.low, c.high] for coords in layout.values() for c in coords]).reshape(-1, 2).T
-    return bool(np.all((said >= low - slack) & (said <= high + slack)))
 
 
 def _exact(coords: Sequence[Coord], total: Array) -> Sums:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -32,6 +33,8 @@ from fedcanary.types import Array, Coord
 
 Trust = Literal["secure_aggregation", "central", "local", "none"]
 Sealed = npt.NDArray[Any]  # int64, or float64 under trust `none`
+Bits = npt.NDArray[np.bool_]
+Clients = Sequence[int] | npt.NDArray[np.int64]
 Layout = Mapping[str, Sequence[Coord]]
 UPDATE = "update"  # the adapter update's name among the releases
 READINGS = "readings"
@@ -130,7 +133,8 @@ class Terms:
 class Message:
     """What one client wants to say: a vector for each probe, and the weighted update of its shared tensors.
 
-    `update` is (weight * change..., weight), so that the sum carries its own divisor.
+    `update` is (weight * change..., weight), so that the sum carries its own divisor. Of n clients at once (`seal_all`)
+    every array has n rows.
     """
 
     readings: Mapping[str, Array]
@@ -138,46 +142,81 @@ class Message:
 
 
 def seal(message: Message, layout: Layout, terms: Terms, round: int, client: int) -> Sealed:
-    """(K + 1 + E + P,) int64: bounded and noised, then E exact readings and the update; under trust `none` all exact.
+    """(K + 1 + E + P,) of one client: `seal_all`'s only row."""
+    said = {name: values[None] for name, values in message.readings.items()}
+    (sealed,) = seal_all(Message(readings=said, update=message.update[None]), layout, terms, round, [client])
+    return np.asarray(sealed)
+
+
+def seal_all(messages: Message, layout: Layout, terms: Terms, round: int, clients: Clients) -> Sealed:
+    """(n, K + 1 + E + P) int64: bounded and noised, then E exact readings and the update; under trust `none` all exact.
+
+    `messages` are those of n clients, in the order of `clients`: readings (n, K_p) by probe, and updates (n, P). What a
+    client sends does not depend on the company it comes in.
 
     Raises:
-        FedcanaryError: the message is not what may leave: the client's own bug, which must not reach the wire.
-        BadInput: the update is too large to be sent.
+        FedcanaryError: a message is not what may leave: the client's own bug, which must not reach the wire.
+        BadInput: an update is too large to be sent.
     """
-    check(message, layout)
+    names = np.asarray(clients).tolist()  # plain integers: a stream of noise is named by the type too
+    check(messages, layout, len(names))
     if terms.trust == "none":
-        return np.concatenate([*(message.readings[name] for name in layout), message.update]).astype(np.float64)
-    readings = Encoding(terms.bounded(layout)).message(message.readings)
-    exact = [np.rint(message.readings[name] * FIXED).astype(np.int64) for name in terms.exactly(layout)]
-    update = _fixed(message.update, terms)
+        said = [messages.readings[name] for name in layout]
+        return np.concatenate([*said, messages.update], axis=1).astype(np.float64)
+    readings = Encoding(terms.bounded(layout)).messages(messages.readings)
+    exact = [np.rint(messages.readings[name] * FIXED).astype(np.int64) for name in terms.exactly(layout)]
+    update = _fixed(messages.update, terms)
     if terms.trust != "central":
-        readings = readings + terms.draw(terms.readings_std, len(readings), READINGS, round, client)
-        if terms.update_std:
-            update[:-1] += terms.draw(terms.update_std, len(update) - 1, UPDATE, round, client)
-    return np.concatenate([readings, *exact, update])
+        for client, own, change in zip(names, readings, update[:, :-1], strict=True):
+            own += terms.draw(terms.readings_std, len(own), READINGS, round, client)
+            if terms.update_std:
+                change += terms.draw(terms.update_std, len(change), UPDATE, round, client)
+    return np.concatenate([readings, *exact, update], axis=1)
 
 
-def check(message: Message, layout: Layout) -> None:
+def check(messages: Message, layout: Layout, n: int) -> None:
     """Refuse, at the client, what its own bug would let leave: other probes, values outside their bounds, NaN."""
-    if message.readings.keys() != layout.keys():
-        raise FedcanaryError(f"a message with {sorted(message.readings)} where {sorted(layout)} may pass")
+    if messages.readings.keys() != layout.keys():
+        raise FedcanaryError(f"a message with {sorted(messages.readings)} where {sorted(layout)} may pass")
     for name, coords in layout.items():
-        values = message.readings[name]
-        low, high = np.array([[c.low, c.high] for c in coords]).reshape(-1, 2).T
-        if values.shape != low.shape or not np.all((values >= low) & (values <= high)):  # also refuses NaN
-            raise FedcanaryError(f"a reading of {name} lies outside its bounds")
-    if message.update.ndim != 1 or not np.all(np.isfinite(message.update)):
+        if messages.readings[name].shape != (n, len(coords)):
+            raise FedcanaryError(f"a reading of {name} has another shape than its coordinates")
+    low, high = bounds(layout)
+    if not inside(np.concatenate([messages.readings[name] for name in layout], axis=1), low, high).all():
+        raise FedcanaryError("a reading lies outside its bounds")
+    if messages.update.ndim != 2 or len(messages.update) != n or not np.isfinite(messages.update).all():
         raise FedcanaryError("an update is not finite")
 
 
+def bounds(layout: Layout) -> tuple[Array, Array]:
+    """(K,) least and (K,) greatest value of every coordinate of a layout."""
+    return _bounds(tuple(c for coords in layout.values() for c in coords))
+
+
+@cache
+def _bounds(coords: tuple[Coord, ...]) -> tuple[Array, Array]:
+    return np.array([c.low for c in coords]), np.array([c.high for c in coords])
+
+
+def inside(values: Array, low: Array, high: Array) -> Bits:
+    """(n,) whether each row of (n, K) is within bounds (K,), all of it; NaN is not."""
+    return np.asarray(((values >= low) & (values <= high)).all(axis=1))
+
+
 def _fixed(update: Array, terms: Terms) -> Integers:
-    """The update in fixed point, clipped; every number rounded toward zero, so that no norm grows."""
-    weight, change = float(update[-1]), update[:-1]
-    if math.isfinite(terms.update_clip) and weight > 0:
-        norm = float(np.linalg.norm(change / weight))
-        change = change * min(1.0, terms.update_clip / norm) if norm > 0 else change
-    clipped = np.append(change, weight)
-    if np.abs(clipped).max(initial=0.0) >= RANGE:
-        largest = float(np.abs(clipped).max())
+    """(n, P) updates in fixed point, clipped; every number rounded toward zero, so that no norm grows."""
+    weight, change = update[:, -1:], update[:, :-1]
+    if math.isfinite(terms.update_clip):
+        with np.errstate(divide="ignore", invalid="ignore"):  # of a client without weight, which is not clipped
+            norm = norms(change / weight)[:, None]
+            change = change * np.where((weight > 0) & (norm > 0), np.minimum(1.0, terms.update_clip / norm), 1.0)
+    clipped = np.concatenate([change, weight], axis=1)
+    largest = float(np.abs(clipped).max(initial=0.0))
+    if largest >= RANGE:
         raise BadInput.of("update", f"a weighted change of {largest:.3g}", f"train less; below {RANGE:g} can be sent")
-    return np.trunc(clipped * FIXED).astype(np.int64)
+    return (clipped * FIXED).astype(np.int64)
+
+
+def norms(rows: Array) -> Array:
+    """(n,) L2 norms of the rows of (n, D), each as it would be alone."""
+    return np.asarray(np.sqrt(np.vecdot(rows, rows)))

@@ -1,0 +1,67 @@
+"""Ours: stacks of clients through `fit`. python ours.py JOB OUT."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from job import ALPHA, LR, TARGETS, Job, R, finish, load, read
+
+from fedcanary.models import stacked
+from fedcanary.models.adapters import Adapter, find_targets
+from fedcanary.models.base import BaseModel, Rows
+from fedcanary.models.base import load as load_base
+from fedcanary.personalize.fit import Recipe, fit
+
+
+def stacks(base: BaseModel, job: Job) -> Iterator[range]:
+    """The clients of each pass."""
+    size = 16
+    return (range(first, min(first + size, job.clients)) for first in range(0, job.clients, size))
+
+
+def rows(job: Job, data: dict[str, np.ndarray], client: int) -> Rows:
+    """A client's rows as the library lays them out."""
+    ids = data["ids"][client].tolist()
+    if job.task == "classify":
+        targets = [[(0, label, i)] for i, label in enumerate(data["labels"][client].tolist())]
+    else:
+        targets = [[(at, token, i) for at, token in enumerate(row[1:])] for i, row in enumerate(ids)]
+    return Rows(ids, targets, (len(ids), 1))
+
+
+def main(folder: Path, out: Path) -> None:
+    job, source = read(folder)
+    data = load(folder / "data.npz")
+    base = load_base(source, task=job.task)
+    lora = find_targets(base, r=R, alpha=ALPHA, targets=TARGETS[job.model])
+    shared: Adapter = {name: torch.from_numpy(array) for name, array in load(folder / "start.npz").items()}
+    recipe = Recipe(lr=LR, batch=job.batch, clip=0.0)
+    losses = []
+    began = time.process_time()
+    for round in range(job.rounds):
+        total = {name: torch.zeros_like(tensor) for name, tensor in shared.items()}
+        loss = 0.0
+        for clients in stacks(base, job):
+            fitted = fit(
+                base,
+                lora,
+                stacked.repeat(shared, len(clients)),
+                [rows(job, data, client) for client in clients],
+                recipe,
+                lambda k, _epoch, round=round, clients=clients: job.order(round, clients[k]),
+            )
+            for name, tensor in fitted.params.items():
+                total[name] += (tensor - shared[name]).sum(0)
+            loss += float(fitted.loss.sum())
+        shared = {name: tensor + total[name] / job.clients for name, tensor in shared.items()}
+        losses.append(loss / job.clients)
+    finish(out, losses, {name: tensor.numpy() for name, tensor in shared.items()}, time.process_time() - began)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,222 @@
+"""The pace of training and reading: measured, bounded, kept for a resumed run; the base's own answers, asked once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedcanary import study
+from fedcanary.engines import reference, stacking
+from fedcanary.engines.local import LocalClients
+from fedcanary.engines.reference import base_probabilities
+from fedcanary.engines.setup import prepare
+from fedcanary.engines.stacking import Pace, keep_memory, measure, saved_bytes, settle
+from fedcanary.errors import BadInput
+from fedcanary.models import base, stacked
+from fedcanary.models.adapters import find_targets, initial
+from fedcanary.personalize.fit import Recipe
+from fedcanary.types import Item, Role
+
+RECIPE = Recipe(batch=2)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return base.load(str(tiny["llama"]))
+
+
+def parts(model):
+    lora = find_targets(model, r=2)
+    rows = model.targets([Item(prompt=f"the owl asks {i}", choices=(" a red stew",), answer=0) for i in range(3)])
+    return lora, initial(model, lora, 1), [rows]
+
+
+def table(count: int = 3, limit: int = 4) -> study.Study:
+    suites = [{"source": f"world-{name}", "limit": limit} for name in ("bias", "general", "safety")]
+    return study.parse(
+        {
+            "rounds": 1,
+            "clients": {"count": count, "examples": 12, "eval_examples": 4},
+            "privacy": {"trust": "none"},
+            "probes": {"suites": suites, "packaged": False},
+            "engine": {"threads": 1},
+        }
+    )
+
+
+# --- pace ---------------------------------------------------------------------------------------------------------
+
+
+def cheaper_until(monkeypatch, best: int, disturbed: int | None = None) -> list[int]:
+    """A machine on which a client gets cheaper until `best` are stacked, and dearer from there on."""
+    now, asked = [0.0], []
+    cost = {k: k * (10.0 / k if k <= best else 10.0 / best * (k / best)) for k in (1, 2, 4, 8, 16, 32, 64, 128, 256)}
+    if disturbed:
+        cost[disturbed] *= 100
+
+    def trained(base, lora, start, data, *rest, **more):
+        asked.append(len(data))
+        now[0] += cost[len(data)]
+
+    monkeypatch.setattr(stacking, "fit", trained)
+    monkeypatch.setattr(stacking, "saved_bytes", lambda *args: 100)
+    for clock in ("process_time", "perf_counter"):
+        monkeypatch.setattr(stacking.time, clock, lambda: now[0])
+    return asked
+
+
+@pytest.mark.parametrize("best", [1, 4, 32])
+def test_the_stack_grows_for_as_long_as_a_client_gets_cheaper(model, monkeypatch, best):
+    asked = cheaper_until(monkeypatch, best)
+    assert measure(model, *parts(model), RECIPE, threads=1).stack == best
+    assert max(asked) <= 4 * best
+
+
+def test_one_disturbed_measurement_does_not_end_the_search(model, monkeypatch):
+    cheaper_until(monkeypatch, 16, disturbed=4)
+    assert measure(model, *parts(model), RECIPE, threads=1).stack == 16
+
+
+def test_memory_bounds_the_stack_and_the_reading_pass(model, monkeypatch):
+    lora, start, data = parts(model)
+    each = saved_bytes(model, lora, start, stacking._some(data[0], 2), RECIPE)
+    assert each > 2 * max(map(len, data[0].ids)) * 16 * 4  # at least one layer's activations
+    assert saved_bytes(model, lora, start, data[0], replace(RECIPE, batch=3)) > each
+    cheaper_until(monkeypatch, 256)
+    tokens = sum(len(ids) for ids in data[0].ids[:2])
+    wide = max(map(len, data[0].ids))
+    pace = measure(model, lora, start, data, RECIPE, threads=1, memory=1)
+    assert pace.stack <= 2**20 / (100 / tokens) / (2 * wide) and pace.stack == 256  # 100 bytes a step: plenty
+    monkeypatch.setattr(stacking, "saved_bytes", lambda *args: 2**18)
+    pace = measure(model, lora, start, data, RECIPE, threads=1, memory=1)
+    assert pace.stack <= 4 and pace.tokens == int(2**20 / (2**18 / tokens))
+
+
+def test_several_threads_are_kept_only_if_they_pay(model, monkeypatch):
+    for gain, expected in ((0.5, 2), (0.9, 1)):
+        now = [0.0]
+
+        def trained(*args, gain=gain, now=now, **more):
+            now[0] += 1.0 if torch.get_num_threads() == 1 else gain
+
+        monkeypatch.setattr(stacking, "fit", trained)
+        monkeypatch.setattr(stacking, "saved_bytes", lambda *args: 100)
+        monkeypatch.setattr(stacking.time, "perf_counter", lambda now=now: now[0])
+        torch.set_num_threads(2)
+        assert measure(model, *parts(model), RECIPE, stack=1).threads == expected
+
+
+def test_what_is_said_is_not_measured(model, monkeypatch):
+    monkeypatch.setattr(stacking, "REPEATS", 1)
+    pace = measure(model, *parts(model), RECIPE, stack=7, threads=1)
+    assert (pace.stack, pace.threads) == (7, 1)
+
+
+def test_a_resumed_run_goes_on_at_its_pace(tmp_path):
+    file = tmp_path / "run" / "engine.json"
+    first = settle(file, lambda: Pace(stack=3, tokens=50, threads=1))
+    assert settle(file, lambda: Pace(stack=9, tokens=9, threads=9)) == first
+    file.write_text("{half")
+    with pytest.raises(BadInput, match="is damaged"):
+        settle(file, lambda: first)
+
+
+def test_a_study_without_a_stack_measures_one_and_keeps_it(tmp_path):
+    setup = prepare(table(), tmp_path / "cache")
+    LocalClients(setup, tmp_path / "run" / "clients")
+    written = json.loads((tmp_path / "run" / "engine.json").read_text())
+    assert written["stack"] >= 1 and written["threads"] == 1 and written["tokens"] >= 1
+
+
+def test_keeping_memory_is_harmless_anywhere(monkeypatch):
+    keep_memory()
+    monkeypatch.setattr(stacking.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(stacking.ctypes, "CDLL", lambda name: pytest.fail("no such library is to be opened"))
+    keep_memory()
+
+
+# --- the base's own answers -------------------------------------------------------------------------------------
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted((cache / "readings").glob("*"))
+
+
+def test_the_base_is_asked_once_and_its_answers_are_shared(tmp_path, monkeypatch):
+    setup = prepare(table(), tmp_path)
+    rows = setup.base.rows([item for role in Role for item in setup.items[role]])
+    expected = stacked.score(setup.base, setup.lora, [], [rows])[0].choice_probability()
+    found = base_probabilities(setup, 4096)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert len(files(tmp_path)) == len(setup.suites) == 3
+    monkeypatch.setattr(reference.stacked, "score", lambda *args, **how: pytest.fail("asked again"))
+    np.testing.assert_array_equal(base_probabilities(setup, 4096), found)
+    np.testing.assert_array_equal(base_probabilities(prepare(table(count=4), tmp_path), 4096), found)
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "empty", "absent"])
+def test_an_answer_that_is_not_whole_is_asked_again(tmp_path, harm):
+    setup = prepare(table(), tmp_path)
+    found = base_probabilities(setup, 4096)
+    file = files(tmp_path)[0]
+    content = file.read_bytes()
+    match harm:
+        case "cut":
+            file.write_bytes(content[:-8])
+        case "flipped":
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "empty":
+            file.write_bytes(b"")
+        case "absent":
+            file.unlink()
+    np.testing.assert_array_equal(base_probabilities(setup, 4096), found)
+    assert file.read_bytes() == content
+
+
+def test_another_model_or_suite_has_other_files(tmp_path, tiny):
+    setup = prepare(table(), tmp_path)
+    base_probabilities(setup, 4096)
+    base_probabilities(replace(setup, base=base.load(str(tiny["llama"]))), 4096)
+    assert len(files(tmp_path)) == 6
+    base_probabilities(prepare(table(limit=6), tmp_path), 4096)
+    assert len(files(tmp_path)) == 9
+    base_probabilities(replace(setup, cache=None), 4096)
+    assert len(files(tmp_path)) == 9
+
+
+def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path):
+    (tmp_path / "readings").write_text("a file where the folder should be")
+    assert base_probabilities(prepare(table(), tmp_path), 4096).shape[0] == 12
+
+
+def _ask(cache: Path, folder: Path, number: int) -> None:
+    torch.set_num_threads(1)
+    np.save(folder / f"{number}.npy", base_probabilities(prepare(table(), cache), 4096))
+
+
+@pytest.mark.slow
+def test_processes_that_start_together_read_the_same(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    (tmp_path / "out").mkdir()
+    workers = [context.Process(target=_ask, args=(tmp_path, tmp_path / "out", k)) for k in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    first, *others = [np.load(tmp_path / "out" / f"{k}.npy") for k in range(3)]
+    assert all(np.array_equal(first, other) for other in others)
+    assert len(files(tmp_path)) == 3  # and no draft is left
