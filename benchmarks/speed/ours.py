@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from job import ALPHA, LR, TARGETS, Job, R, finish, load, read
 
+from fedcanary.engines.stacking import keep_memory, measure
 from fedcanary.models import stacked
 from fedcanary.models.adapters import Adapter, find_targets
-from fedcanary.models.base import BaseModel, Rows
+from fedcanary.models.base import Rows
 from fedcanary.models.base import load as load_base
 from fedcanary.personalize.fit import Recipe, fit
 
 
-def stacks(base: BaseModel, job: Job) -> Iterator[range]:
+def stacks(clients: int, size: int) -> Iterator[range]:
     """The clients of each pass."""
-    size = 16
-    return (range(first, min(first + size, job.clients)) for first in range(0, job.clients, size))
+    return (range(first, min(first + size, clients)) for first in range(0, clients, size))
 
 
 def rows(job: Job, data: dict[str, np.ndarray], client: int) -> Rows:
@@ -41,12 +41,16 @@ def main(folder: Path, out: Path) -> None:
     lora = find_targets(base, r=R, alpha=ALPHA, targets=TARGETS[job.model])
     shared: Adapter = {name: torch.from_numpy(array) for name, array in load(folder / "start.npz").items()}
     recipe = Recipe(lr=LR, batch=job.batch, clip=0.0)
-    losses = []
+    losses, size = [], 1
+    keep_memory()
     began = time.process_time()
+    if job.rounds:  # the measurement is a part of what a run costs
+        first = [rows(job, data, client) for client in range(min(4, job.clients))]
+        size = measure(base, lora, shared, first, recipe, threads=torch.get_num_threads()).stack
     for round in range(job.rounds):
         total = {name: torch.zeros_like(tensor) for name, tensor in shared.items()}
         loss = 0.0
-        for clients in stacks(base, job):
+        for clients in stacks(job.clients, size):
             fitted = fit(
                 base,
                 lora,

@@ -144,7 +144,7 @@ class LocalClients:
                 self._base,
                 self._lora,
                 setup.initial,
-                [self._base.targets(setup.population.items(client, "train")) for client in first],
+                [stacked.below(self._base, self._lora, self._train_rows(client, 1)) for client in first],
                 self._recipe,
                 stack=engine.stack or None,
                 threads=engine.threads,

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fedcanary.errors import BadInput, Problem
+from fedcanary.models.lean import Parts, parts_of
 from fedcanary.types import Item
 
 Task = Literal["causal", "classify"]
@@ -114,6 +115,11 @@ class BaseModel:
         with torch.inference_mode():
             alone = self.head(self.backbone(input_ids=ids).last_hidden_state)
             return torch.allclose(alone, self.model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+    @cached_property
+    def lean_parts(self) -> Parts:
+        """What of the model can be computed in fewer passes over memory."""
+        return parts_of(self.model)
 
     @cached_property
     def shares_prompts(self) -> bool:

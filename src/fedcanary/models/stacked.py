@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fedcanary.models.adapters import Adapter, Lora
 from fedcanary.models.base import BaseModel, Rows
+from fedcanary.models.lean import lean
 from fedcanary.types import Array, Scores
 
 
@@ -83,12 +84,12 @@ def _weighted(delta: Tensor, weight: Tensor | None) -> Tensor:
 
 def _lora(parts: Sequence[Part], pairs: Sequence[tuple[Tensor, Tensor]], scale: float, k: int) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        y = _groups(output, k)
+        y = _groups(output, k)  # nobody else has seen the layer's output, so it is added to in place
         for part, (a, b) in zip(parts, pairs, strict=True):
             x = _groups(args[0] if part.drop is None else part.drop(args[0]), k)
             # in the base's own precision, which may be lower than the adapter's
             low = _weighted(torch.bmm(x, a.to(x.dtype).transpose(1, 2)), part.weight)  # (K, B * T, r)
-            y = torch.baddbmm(y, low, b.to(x.dtype).transpose(1, 2), alpha=scale)
+            y = y.baddbmm_(low, b.to(x.dtype).transpose(1, 2), alpha=scale)
         return y.view_as(output)
 
     return hook
@@ -213,7 +214,7 @@ def log_probabilities(base: BaseModel, batch: Batch, lora: Lora | None = None) -
         asked["attention_mask"] = batch.mask
     else:  # rows are padded at their right, where a causal model looks only for what nobody reads: it needs no mask
         asked |= {"attention_mask": batch.seen, "position_ids": batch.position_ids, "use_cache": False}
-    with _resumed(base, lora, batch.hidden):
+    with _resumed(base, lora, batch.hidden), lean(base.lean_parts):
         if base.task == "classify":
             return _picked(base.model(**asked).logits, batch.row, batch.target)
         if not base.plain_head:
