@@ -220,3 +220,20 @@ def test_processes_that_start_together_read_the_same(tmp_path):
     first, *others = [np.load(tmp_path / "out" / f"{k}.npy") for k in range(3)]
     assert all(np.array_equal(first, other) for other in others)
     assert len(files(tmp_path)) == 3  # and no draft is left
+
+
+@pytest.mark.parametrize(("panel", "limit", "asked"), [("same", None, 1), ("rotating", None, 2), ("same", 5, 2)])
+def test_layers_below_the_first_adapter_are_asked_once_of_whoever_comes_back(tmp_path, monkeypatch, panel, limit, asked):
+    privacy = {"panel": panel, "updates": {"noise": "none"}, "min_cohort": 2}
+    clients = {"count": 3, "examples": 12, "eval_examples": 4, "max_examples": limit, "per_round": 3}
+    chosen = table().model_dump() | {"privacy": privacy, "clients": clients, "model": {"lora": {"layers": [3]}}}
+    local = LocalClients(prepare(study.parse(chosen), tmp_path), tmp_path / "run" / "clients")
+    calls = []
+    original = stacked.below
+    monkeypatch.setattr(stacked, "below", lambda *args: (calls.append(args[2]), original(*args))[1])
+    setup = prepare(study.parse(chosen), tmp_path)
+    for round in (1, 2):
+        list(local._stack(round, [0, 1, 2], setup.shared, None, range(round)))
+    training = [rows for rows in calls if all(len(targets) == 1 for targets in rows.targets)]
+    assert len(training) == 3 * asked
+    assert 0 <= local._room <= 2**30 and bool(local._known) == (panel == "same")

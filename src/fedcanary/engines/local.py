@@ -89,6 +89,8 @@ class LocalClients:
         self._items = tuple(item for items in self._roles.values() for item in items)
         self._recipe = Recipe(**{name: getattr(self._study.personalize, name) for name in Recipe.__dataclass_fields__})
         self._recent = _Recent(KEPT)
+        self._known: dict[Hashable, Rows] = {}  # with what the layers below the first adapter say
+        self._room = float(self._study.engine.memory * 2**20)  # bytes that may still be kept of that
         self._pace = self._settle(setup, folder.parent / "engine.json")
         self._public = self._base.rows(self._items)
         self._public = self._below([self._public])[0]
@@ -161,10 +163,19 @@ class LocalClients:
             near = sorted(near, key=lambda c: (len(rows[c]), sum(map(len, rows[c].ids)), c))
             yield from (near[at : at + size] for at in range(0, len(near), size))
 
-    def _below(self, rows: Sequence[Rows]) -> list[Rows]:
-        """The rows with what the base's layers below the first adapter say of them, as far as memory allows."""
-        room = self._study.engine.memory * 2**20 / len(rows)
-        return [stacked.below(self._base, self._lora, one, self._pace.tokens, room) for one in rows]
+    def _below(self, rows: Sequence[Rows], names: Sequence[Hashable] = (None,)) -> list[Rows]:
+        """The rows with what the base's layers below the first adapter say of them, as far as memory allows.
+
+        What has a name is kept for the rounds to come.
+        """
+        found, room = [], self._study.engine.memory * 2**20 / len(rows)
+        for one, name in zip(rows, names, strict=True):
+            known = self._known.get(name) or stacked.below(self._base, self._lora, one, self._pace.tokens, room)
+            size = sum(states.nbytes for states in known.hidden or ())
+            if name is not None and name not in self._known and 0 < size <= self._room:
+                self._known[name], self._room = known, self._room - size
+            found.append(known)
+        return found
 
     def _whole(self, said: Message, terms: Terms, request: Request, client: int) -> Message:
         """With the client's word on slices and on its update's norm, where the study has these."""
@@ -185,9 +196,11 @@ class LocalClients:
         k, method = len(clients), self._method
         data = [self._train_rows(c, round) for c in clients]
         local = [self._eval(c) for c in clients]
-        local_rows = self._below([rows for _, rows in local])
+        again = not self._study.privacy.rotates  # who trains once need not be remembered
+        local_rows = self._below([rows for _, rows in local], [("eval", c) if again else None for c in clients])
         if self._record_level is None:
-            data = self._below(data)
+            same = again and self._study.clients.max_examples is None  # else a round has examples of its own
+            data = self._below(data, [("train", c) if same else None for c in clients])
         private = [self._private.load(c, line) or self._first_private for c in clients]
         own_z = [np.zeros((0, 0))] * k
         held = Held(stacked.repeat(shared, k), stacked.stack(private) if self._first_private else {})

@@ -88,12 +88,13 @@ def measure(
     step = replace(recipe, epochs=1, dropout=0.0)
     tall, wide = max(len(rows) for rows in first), max(len(ids) for rows in first for ids in rows.ids)
 
-    def cost(k: int, clock: str) -> float:
+    def cost(k: int, clock: Callable[[], float]) -> float:
+        mine = [first[j % len(first)] for j in range(k)]
+
         def once() -> float:
-            began = getattr(time, clock)()
-            mine = [first[j % len(first)] for j in range(k)]
-            fit(base, lora, repeat(start, k), mine, step, lambda j, epoch: stream(0, "pace", j))
-            return float(getattr(time, clock)() - began) / k
+            began = clock()
+            fit(base, lora, repeat(start, k), mine, step, lambda j, epoch: stream(0, "pace", j))  # ends on the CPU
+            return (clock() - began) / k
 
         return min(once() for _ in range(REPEATS))
 
@@ -102,16 +103,18 @@ def measure(
     most = max(1, min(LARGEST, room // (tall * wide)))
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
-    cost(1, "perf_counter")  # the first pass of a process is slower
+    cost(1, time.perf_counter)  # the first pass of a process is slower
     if not threads and cores > 1:
-        alone = cost(min(4, most), "perf_counter")
+        alone = cost(min(4, most), time.perf_counter)
         torch.set_num_threads(cores)
-        threads = cores if cost(min(4, most), "perf_counter") < THREADS_PAY * alone else 1
+        threads = cores if cost(min(4, most), time.perf_counter) < THREADS_PAY * alone else 1
     torch.set_num_threads(threads or 1)
     if stack is None:
-        stack, k, best = 1, 2, cost(1, "process_time")
+        # of a processor that others use too, its own time says more; a GPU's is none of the processor's
+        clock = time.process_time if base.device.type == "cpu" else time.perf_counter
+        stack, k, best = 1, 2, cost(1, clock)
         while k <= min(most, 4 * stack):  # one size that is no better may be a disturbance; two are not
-            now = cost(k, "process_time")
+            now = cost(k, clock)
             if now < ENOUGH * best:
                 stack, best = k, now
             k *= 2

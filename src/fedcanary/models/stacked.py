@@ -259,6 +259,8 @@ def below(base: BaseModel, lora: Lora, rows: Rows, tokens: int = 4096, room: flo
         caught.append(output[0] if isinstance(output, tuple) else output)
         raise _Caught
 
+    if base.task == "causal":
+        _ = base.plain_head  # as in `attached`
     handle = layers[-1].register_forward_hook(catch)
     try:
         for (indices,) in _passes([rows], tokens):
