@@ -1,0 +1,169 @@
+"""What monitoring adds to a round: CPU time of training and of the readings; writes benchmarks/speed/monitoring.md.
+
+    OMP_NUM_THREADS=1 python benchmarks/monitoring.py [--runs 3]
+
+One round of the demonstration and, where its data was made ready (make example-hatecheck), of the HateCheck example,
+with all six modes and every client of the round answering, as they are and with more local epochs. Training is what a
+round without any monitoring would cost: the clients' examples as tokens, the layers below the first adapter, the fit.
+Monitoring is all the rest of the round: questions, readings, the door, the tests, the verdict, the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+
+import fedcanary
+from fedcanary import pipeline, study
+from fedcanary.engines import local
+from fedcanary.engines.local import LocalClients
+from fedcanary.engines.setup import cache, prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+HATECHECK = ROOT / "examples" / "hatecheck" / "study.toml"
+ONE = ["rounds=1", "engine.threads=1"]
+PARTS = ("training", "public", "own", "base", "rest")
+Times = dict[str, float]
+
+
+@contextmanager
+def watched() -> Iterator[Counter[str]]:
+    """CPU seconds by part while open; what a part does inside another counts for the inner one."""
+    spent: Counter[str] = Counter()
+    inner: list[float] = []
+
+    def timed(owner: Any, name: str, part: Callable[..., str]) -> tuple[Any, str, Any]:
+        original = getattr(owner, name)
+
+        def work(*args: Any, **how: Any) -> Any:
+            inner.append(0.0)
+            began = time.process_time()
+            try:
+                return original(*args, **how)
+            finally:
+                took = time.process_time() - began
+                spent[part(*args)] += took - inner.pop()
+                if inner:
+                    inner[-1] += took
+
+        setattr(owner, name, work)
+        return owner, name, original
+
+    def asked(clients: LocalClients, held: Any, rows: Sequence[Any], *rest: Any) -> str:
+        return "public" if rows[0].shape == clients._public.shape else "own"
+
+    replaced = [
+        timed(local, "fit", lambda *args: "training"),
+        timed(LocalClients, "_train_rows", lambda *args: "training"),
+        timed(
+            LocalClients,
+            "_below",
+            # the training rows of a stack are those whose rows have one answer each
+            lambda clients, rows, *rest: "training" if all(len(t) == 1 for t in rows[0].targets) else "own",
+        ),
+        timed(LocalClients, "_base_local", lambda *args: "base"),
+        timed(LocalClients, "_score", asked),
+    ]
+    try:
+        yield spent
+    finally:
+        for owner, name, original in replaced:
+            setattr(owner, name, original)
+
+
+def once(path: Path, overrides: Sequence[str]) -> tuple[Times, int]:
+    """Milliseconds per client of one round, by part; and how many clients."""
+    setup = prepare(study.load(path, [*ONE, *overrides]), cache())
+    with tempfile.TemporaryDirectory() as folder:
+        began: list[float] = []
+        original = LocalClients.work
+
+        def work(self: LocalClients, *args: Any) -> Any:
+            began.append(time.process_time())  # from here on it is the round's
+            spent.clear()
+            return original(self, *args)
+
+        with watched() as spent:
+            LocalClients.work = work  # type: ignore[method-assign]
+            try:
+                record = pipeline.run(setup, Path(folder) / "run")
+            finally:
+                LocalClients.work = original  # type: ignore[method-assign]
+            whole = time.process_time() - began[0]
+    clients = int(next(iter(record.of("round")))["clients"])
+    spent["rest"] = whole - sum(spent.values())
+    return {part: 1000 * spent[part] / clients for part in PARTS}, clients
+
+
+def row(name: str, path: Path, overrides: Sequence[str], runs: int) -> str:
+    """A line of the table."""
+    measured = [once(path, overrides) for _ in range(runs)]
+    parts = {part: median(times[part] for times, _ in measured) for part in PARTS}
+    shares = [100 * (sum(times.values()) - times["training"]) / times["training"] for times, _ in measured]
+    cells = " | ".join(f"{parts[part]:.0f}" for part in PARTS)
+    line = (
+        f"| {name} | {measured[0][1]} | {cells} | **{median(shares):.0f}** ({min(shares):.0f} to {max(shares):.0f}) |"
+    )
+    print(line, flush=True)
+    return line
+
+
+def main() -> None:
+    """Measure and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3)
+    runs = parser.parse_args().runs
+    torch.set_num_threads(1)
+    demonstration = Path(fedcanary.__file__).parent / "demonstration.toml"
+    lines = [
+        row(
+            f"demonstration, {e} epoch{'s' * (e > 1)}",
+            demonstration,
+            [f"personalize.epochs={e}", "clients.count=25"],
+            runs,
+        )
+        for e in (1, 4, 16, 48)
+    ]
+    if (ROOT / "runs" / "hatecheck-prepared").is_dir():
+        lines += [
+            row(
+                f"HateCheck, {e} epochs",
+                HATECHECK,
+                [f"personalize.epochs={e}", "engine.stack=8", "clients.per_round=16"],
+                runs,
+            )
+            for e in (2, 16, 64)
+        ]
+    else:
+        print("HateCheck is left out: make example-hatecheck makes its data ready")
+    table = "\n".join(lines)
+    page = f"""# What monitoring adds to a round
+
+`OMP_NUM_THREADS=1 python benchmarks/monitoring.py --runs {runs}` on {platform.machine()}, {os.cpu_count()} cores,
+Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}: one round, CPU
+milliseconds per client, medians of {runs} runs. The first line of each study has its own number of epochs. `public` are
+the public items, asked of the personalized model; `own` the client's held-out items, asked of the received and the
+personalized model; `base` the same of the base, once in a run; `rest` the door, the tests, the record. `added` is all of
+these in percent of the training, with the least and the most.
+
+| study | clients | training | public | own | base | rest | added, % |
+|---|---|---|---|---|---|---|---|
+{table}
+"""
+    (ROOT / "benchmarks" / "speed" / "monitoring.md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
