@@ -155,8 +155,8 @@ def main() -> None:
 Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}: one round, CPU
 milliseconds per client, medians of {runs} runs. The first line of each study has its own number of epochs. `public` are
 the public items, asked of the personalized model; `own` the client's held-out items, asked of the received and the
-personalized model; `base` the same of the base, once in a run; `rest` the door, the tests, the record. `added` is all of
-these in percent of the training, with the least and the most.
+personalized model; `base` the same of the base, once in a run; `rest` the door, the tests, the record. `added` is all
+of these in percent of the training, with the least and the most.
 
 | study | clients | training | public | own | base | rest | added, % |
 |---|---|---|---|---|---|---|---|

@@ -65,6 +65,11 @@ def test_no_protection_is_said_by_its_own_word():
         ({"updates": {"noise": "none"}, "min_cohort": 1}, {}, "privacy.min_cohort"),
         ({"updates": {"noise": "none"}, "dropouts": 0.4}, {}, "privacy.dropouts"),
         ({"updates": {"noise": "none"}, "noise": "seeded"}, {}, "privacy.noise"),
+        (
+            {"unit": "example", "record": {"noise": 1.0, "clip": 1.0, "sample_rate": 0.5}},
+            {"personalize": {"dropout": 0.1}},
+            "personalize",
+        ),
     ],
 )
 def test_a_privacy_table_that_does_not_fit_is_refused(privacy, more, where):

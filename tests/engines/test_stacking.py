@@ -223,7 +223,9 @@ def test_processes_that_start_together_read_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(("panel", "limit", "asked"), [("same", None, 1), ("rotating", None, 2), ("same", 5, 2)])
-def test_layers_below_the_first_adapter_are_asked_once_of_whoever_comes_back(tmp_path, monkeypatch, panel, limit, asked):
+def test_layers_below_the_first_adapter_are_asked_once_of_whoever_comes_back(
+    tmp_path, monkeypatch, panel, limit, asked
+):
     privacy = {"panel": panel, "updates": {"noise": "none"}, "min_cohort": 2}
     clients = {"count": 3, "examples": 12, "eval_examples": 4, "max_examples": limit, "per_round": 3}
     chosen = table().model_dump() | {"privacy": privacy, "clients": clients, "model": {"lora": {"layers": [3]}}}
@@ -237,3 +239,33 @@ def test_layers_below_the_first_adapter_are_asked_once_of_whoever_comes_back(tmp
     training = [rows for rows in calls if all(len(targets) == 1 for targets in rows.targets)]
     assert len(training) == 3 * asked
     assert 0 <= local._room <= 2**30 and bool(local._known) == (panel == "same")
+
+
+# --- where and in what precision ----------------------------------------------------------------------------------
+
+
+def test_a_gpu_that_is_not_there_is_bad_input(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    chosen = table().model_dump() | {"engine": {"device": "cuda"}}
+    with pytest.raises(BadInput, match="this torch sees no GPU"):
+        prepare(study.parse(chosen), tmp_path)
+
+
+def test_a_base_in_half_precision_trains_adapters_in_float32(tmp_path):
+    """Readings and update stay near those of the float32 base; bfloat16 has 8 bits of mantissa."""
+    said = {}
+    for precision in ("float32", "bfloat16"):
+        chosen = table().model_dump() | {"engine": {"threads": 1, "stack": 3, "precision": precision}}
+        setup = prepare(study.parse(chosen), tmp_path)
+        assert setup.base.dtype == getattr(torch, precision)
+        assert {tensor.dtype for tensor in setup.initial.values()} == {torch.float32}
+        local = LocalClients(setup, tmp_path / precision / "clients")
+        said[precision] = local._stack(1, [0, 1, 2], setup.shared, None, range(1))
+    for client, exact in said["float32"].items():
+        near = said["bfloat16"][client]
+        assert exact is not None and near is not None
+        change = np.linalg.norm(exact.update[:-1])
+        assert 0 < np.linalg.norm(near.update[:-1] - exact.update[:-1]) < 0.5 * change
+        # probabilities, not shares of four items
+        np.testing.assert_allclose(near.readings["utility"][:2], exact.readings["utility"][:2], rtol=0, atol=0.02)

@@ -143,9 +143,12 @@ def _try(problems: list[Problem], make: Any) -> Any:
 def _base(study: Study) -> BaseModel:
     table = study.model
     engine = study.engine
-    there = torch.cuda.is_available()
+    there = torch.cuda.is_available() and study.privacy.unit == "client"  # private training of examples is the CPU's
     if engine.device == "cuda" and not there:
-        raise BadInput.of("engine.device", "this torch sees no GPU", 'install a CUDA build of torch, or say "auto"')
+        why, remedy = "this torch sees no GPU", 'install a CUDA build of torch, or say "auto"'
+        if torch.cuda.is_available():
+            why, remedy = 'the unit "example" trains on the CPU', 'say "auto" or "cpu"'
+        raise BadInput.of("engine.device", why, remedy)
     base = models.load(
         table.source,
         task=table.task,

@@ -142,7 +142,7 @@ def initial(base: BaseModel, lora: Lora, seed: int, dtype: torch.dtype = torch.f
     for name in lora.heads:
         head = base.model.get_submodule(name)
         for part, tensor in head.named_parameters():
-            adapter[f"{name}.{part}"] = tensor.detach().clone().to(dtype)
+            adapter[f"{name}.{part}"] = tensor.detach().clone().cpu().to(dtype)
     return adapter
 
 

@@ -41,6 +41,7 @@ def replies(
         eos_token_id=module.generation_config.eos_token_id if module.can_generate() else None,
         pad_token_id=base.pad,
     )
+    adapters = [{name: tensor.to(base.device) for name, tensor in adapter.items()} for adapter in adapters]
     room = base.max_length - new_tokens
     starts = []
     for item in prompts:
@@ -53,8 +54,9 @@ def replies(
         indices = list(same)
         for first in range(0, len(indices), together):
             chosen = indices[first : first + together]
-            asked = torch.tensor([starts[i] for i in chosen]).repeat(k, 1)  # (K * B, T), client by client
-            parts = [Part(adapter, _rows(w, chosen)) for adapter, w in zip(adapters, weights or (), strict=False)]
+            asked = torch.tensor([starts[i] for i in chosen]).repeat(k, 1).to(base.device)  # (K * B, T), by client
+            shares = [_rows(w, chosen).to(base.device) for w in weights or ()]
+            parts = [Part(adapter, share) for adapter, share in zip(adapters, shares, strict=False)]
             parts = parts or [Part(adapter) for adapter in adapters]
             with torch.inference_mode(), attached(base, lora, parts, k):
                 out = module.generate(input_ids=asked, attention_mask=torch.ones_like(asked), generation_config=config)

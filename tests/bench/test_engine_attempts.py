@@ -1,0 +1,51 @@
+"""The verdict word of benchmarks/engine_attempts.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import engine_attempts  # noqa: E402
+from engine_attempts import MISSED, REPEATS, gain  # noqa: E402
+
+sys.path[:] = [entry for entry in sys.path if entry not in (str(BENCHMARKS), str(BENCHMARKS / "speed"))]
+
+
+def test_a_planted_difference_has_its_word_and_none_has_none():
+    noise = np.exp(np.linspace(-0.1, 0.1, REPEATS))
+    shared = np.array([1.0, 3.0] * REPEATS)[:REPEATS]  # what else the machine does falls on both
+    assert gain(shared * noise, shared).verdict == "within noise"
+    assert gain(shared * noise * 1.1, shared).verdict == "faster"
+    assert gain(shared * noise / 1.1, shared).verdict == "slower"
+    found = gain(shared * noise * 2, shared)
+    assert found.middle == pytest.approx(2)
+    assert found.low < 2 < found.high
+    one_slow = np.where(np.arange(REPEATS) == 0, 100.0, 1.0)
+    assert gain(one_slow, np.ones(REPEATS)).verdict == "within noise"  # one disturbance proves nothing
+
+
+def test_the_interval_misses_the_median_as_rarely_as_it_says():
+    """2,000 trials, seed 4: with a chance of .0117 a trial, a correct program is above .02 with probability < .002."""
+    random = np.random.default_rng(4)
+    ratios = np.exp(random.standard_cauchy((2000, REPEATS)).clip(-20, 20))  # a distribution with heavy tails
+    missed = [not g.low <= 1 <= g.high for g in (gain(row, np.ones(REPEATS)) for row in ratios)]
+    assert np.mean(missed) <= MISSED
+
+
+def test_too_few_repeats_are_refused():
+    with pytest.raises(ValueError, match="measure more often"):
+        gain(np.ones(5), np.ones(5))
+
+
+def test_a_figure_that_speaks_against_what_is_done_is_said():
+    slow, quick = np.full(REPEATS, 2.0), np.ones(REPEATS)
+    rows = {name: engine_attempts.Row(name, "a cell", slow, quick, 1) for name in ("lean", "compile", "bfloat16")}
+    assert [row.against for row in rows.values()] == [False, True, False]
+    assert engine_attempts.Row("lean", "a cell", quick, slow, 1).against
+    assert "| 2e+03 (2e+03) | 1e+03 (1e+03) | 2.00 [2.00, 2.00] | faster |" in rows["lean"].line()
