@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Nothing here needs a model hub: a missing file is an error, not a download.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all lint bench bench-silentbench bench-demo bench-plants bench-secagg bench-planner bench-speed bench-panels example-hatecheck example-shakespeare bundled clean help
+.PHONY: demo test test-all lint bench bench-silentbench bench-demo bench-plants bench-secagg bench-planner bench-speed bench-engine bench-panels bench-monitoring example-hatecheck example-shakespeare bundled clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 22
@@ -79,8 +79,14 @@ bench-planner: $(VENV)/.installed ## the planner's predictions against windows p
 bench-speed: $(VENV)/.test ## ours beside peft, Flower and pfl on the same job (100 minutes; makes two venvs once)
 	$(BIN)/python benchmarks/speed.py
 
+bench-engine: $(VENV)/.test ## what was tried to make stacked training faster, with and without (15 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engine_attempts.py
+
 bench-panels: $(VENV)/.installed ## a million clients' readings to a verdict: time and memory
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/panels.py
+
+bench-monitoring: $(VENV)/.test ## what monitoring adds to a round, in the demonstration and the HateCheck example
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/monitoring.py
 
 bench-plants: $(VENV)/.installed ## the 140 runs: six planted failures and none, 20 seeds each
 	$(BIN)/python benchmarks/plants.py

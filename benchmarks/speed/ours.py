@@ -46,7 +46,17 @@ def main(folder: Path, out: Path) -> None:
     began = time.process_time()
     if job.rounds:  # the measurement is a part of what a run costs
         first = [rows(job, data, client) for client in range(min(4, job.clients))]
-        size = measure(base, lora, shared, first, recipe, threads=torch.get_num_threads()).stack
+        pace = measure(
+            base,
+            lora,
+            shared,
+            first,
+            recipe,
+            threads=torch.get_num_threads(),
+            clients=job.clients,
+            steps=job.client_steps,
+        )
+        size = pace.stack
     for round in range(job.rounds):
         total = {name: torch.zeros_like(tensor) for name, tensor in shared.items()}
         loss = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,34 +61,40 @@ def table(count: int = 3, limit: int = 4) -> study.Study:
 # --- pace ---------------------------------------------------------------------------------------------------------
 
 
-def cheaper_until(monkeypatch, best: int, disturbed: int | None = None) -> list[int]:
-    """A machine on which a client gets cheaper until `best` are stacked, and dearer from there on."""
-    now, asked = [0.0], []
-    cost = {k: k * (10.0 / k if k <= best else 10.0 / best * (k / best)) for k in (1, 2, 4, 8, 16, 32, 64, 128, 256)}
-    if disturbed:
-        cost[disturbed] *= 100
+def machine(best: int) -> Callable[[int], float]:
+    """A client gets cheaper until `best` are stacked, and dearer from there on; which sizes were tried."""
 
-    def trained(base, lora, start, data, *rest, **more):
-        asked.append(len(data))
-        now[0] += cost[len(data)]
+    def cost(k: int) -> float:
+        tried.append(k)
+        return 10 / k if k <= best else 10 * k / best**2
 
-    monkeypatch.setattr(stacking, "fit", trained)
-    monkeypatch.setattr(stacking, "saved_bytes", lambda *args: 100)
-    for clock in ("process_time", "perf_counter"):
-        monkeypatch.setattr(stacking.time, clock, lambda: now[0])
-    return asked
+    tried: list[int] = []
+    cost.tried = tried
+    return cost
 
 
-@pytest.mark.parametrize("best", [1, 4, 32])
-def test_the_stack_grows_for_as_long_as_a_client_gets_cheaper(model, monkeypatch, best):
-    asked = cheaper_until(monkeypatch, best)
-    assert measure(model, *parts(model), RECIPE, threads=1).stack == best
-    assert max(asked) <= 4 * best
+@pytest.mark.parametrize("best", [1, 4, 32, 128])
+@pytest.mark.parametrize("guess", [1, 8, 64])
+def test_the_cheapest_stack_is_found_from_any_guess(best, guess):
+    cost = machine(best)
+    assert stacking._search(cost, guess, 10_000, 1e9) == best
+    assert len(cost.tried) == len(set(cost.tried)) and max(cost.tried) <= max(2 * best, 2 * guess)
 
 
-def test_one_disturbed_measurement_does_not_end_the_search(model, monkeypatch):
-    cheaper_until(monkeypatch, 16, disturbed=4)
-    assert measure(model, *parts(model), RECIPE, threads=1).stack == 16
+@pytest.mark.parametrize("slow", [2, 8, 64])
+def test_a_stack_is_never_taken_that_is_dearer_than_one_by_one(slow):
+    assert stacking._search(lambda k: 1.0 if k == 1 else 1.1, slow, 10_000, 1e9) == 1
+
+
+def test_no_more_is_measured_than_it_is_worth_and_no_more_stacked_than_there_are():
+    for worth in (0, 5, 9, 30, 200):
+        cost = machine(128)
+        found = stacking._search(cost, 8, 10_000, worth)
+        assert sum(cost.tried) <= worth
+        assert found >= 8  # the guess, where nothing could be measured
+    cost = machine(128)
+    assert stacking._search(cost, 8, 20, 1e9) == 16
+    assert max(cost.tried) <= 20
 
 
 def test_memory_bounds_the_stack_and_the_reading_pass(model, monkeypatch):
@@ -95,14 +102,16 @@ def test_memory_bounds_the_stack_and_the_reading_pass(model, monkeypatch):
     each = saved_bytes(model, lora, start, stacking._some(data[0], 2), RECIPE)
     assert each > 2 * max(map(len, data[0].ids)) * 16 * 4  # at least one layer's activations
     assert saved_bytes(model, lora, start, data[0], replace(RECIPE, batch=3)) > each
-    cheaper_until(monkeypatch, 256)
+    monkeypatch.setattr(stacking, "_search", lambda cost, guess, most, worth: most)
     tokens = sum(len(ids) for ids in data[0].ids[:2])
     wide = max(map(len, data[0].ids))
-    pace = measure(model, lora, start, data, RECIPE, threads=1, memory=1)
-    assert pace.stack <= 2**20 / (100 / tokens) / (2 * wide) and pace.stack == 256  # 100 bytes a step: plenty
-    monkeypatch.setattr(stacking, "saved_bytes", lambda *args: 2**18)
-    pace = measure(model, lora, start, data, RECIPE, threads=1, memory=1)
-    assert pace.stack <= 4 and pace.tokens == int(2**20 / (2**18 / tokens))
+    for kept in (2**15, 2**18):
+        monkeypatch.setattr(stacking, "saved_bytes", lambda *args, kept=kept: kept)
+        room = int(2**20 / (kept / tokens))
+        pace = measure(model, lora, start, data, RECIPE, threads=1, memory=1)
+        assert (pace.stack, pace.tokens) == (room // (2 * wide), room)
+        assert measure(model, lora, start, data, RECIPE, stack=1000, threads=1, memory=1).stack == pace.stack
+    assert measure(model, lora, start, data, RECIPE, threads=1, memory=1, clients=1).stack == 1
 
 
 def test_several_threads_are_kept_only_if_they_pay(model, monkeypatch):

@@ -140,6 +140,10 @@ class LocalClients:
     def _settle(self, setup: Setup, file: Path) -> Pace:
         """The pace of the run's file, or a new one by the training rows of the first clients."""
         engine, first = self._study.engine, range(min(4, len(setup.population)))
+        everyone = len(setup.population) // (self._study.rounds if self._study.privacy.rotates else 1)
+        cohort = min(self._study.clients.per_round or everyone, everyone)
+        rows = max((len(self._train_rows(client, 1)) for client in first), default=0)
+        steps = cohort * self._study.rounds * self._recipe.epochs * -(-rows // self._recipe.batch)
         return settle(
             file,
             lambda: measure(
@@ -151,6 +155,8 @@ class LocalClients:
                 stack=engine.stack or None,
                 threads=engine.threads,
                 memory=engine.memory,
+                clients=max(1, cohort),
+                steps=steps,
             ),
         )
 

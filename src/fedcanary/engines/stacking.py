@@ -1,14 +1,16 @@
 """How many clients go through the model in one pass, and on how many threads: found by a short measurement.
 
 Stacking saves what every pass costs whatever its size, but a pass that no longer fits the processor's caches is slower
-for each of its tokens, and needs more memory. Where that turns depends on model, batch and machine, so it is measured
-on the first clients' own rows: from one client on, twice as many at a time, for as long as a client gets cheaper.
+for each of its tokens, and needs more memory. Where that turns depends on model, batch and machine: about a thousand
+tokens is a good guess, from which a few sizes around it, and one client at a time, are measured on the first clients'
+own rows. The measurement may take a tenth of what is to be trained.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +28,10 @@ from fedcanary.models.stacked import repeat
 from fedcanary.personalize.fit import Recipe, fit
 from fedcanary.rng import stream
 
-REPEATS: Final = 3  # of which the fastest counts: whatever disturbs a measurement makes it slower
-ENOUGH: Final = 0.97  # a larger stack must cost a client at most this share of what the best so far does
+REPEATS: Final = 2  # of which the faster counts: whatever disturbs a measurement makes it slower
+GUESS: Final = 1024  # tokens in a pass
+WORTH: Final = 0.1  # share of the training that may be spent on finding its pace
 THREADS_PAY: Final = 0.8  # and several threads this share of one thread's wall time, or they would only burn
-LARGEST: Final = 256
 SCORED: Final = 4096  # tokens in a pass that only reads, if memory allows: more do not make a token cheaper
 
 
@@ -69,6 +71,8 @@ def measure(
     stack: int | None = None,
     threads: int = 0,
     memory: int = 1024,
+    clients: int = 1_000_000,
+    steps: int = 1_000_000,
 ) -> Pace:
     """Find the pace for clients like these.
 
@@ -81,6 +85,8 @@ def measure(
         stack: clients in a pass, if it is not to be measured.
         threads: CPU threads, if that is not to be measured.
         memory: MiB that a pass may hold in activations.
+        clients: how many there are to be stacked at most.
+        steps: what they have to train in all, one step of one client each.
     """
     first = [_some(rows, recipe.batch) for rows in data if len(rows)]
     if not first:
@@ -100,25 +106,44 @@ def measure(
 
     each = saved_bytes(base, lora, start, first[0], step) / max(1, sum(len(ids) for ids in first[0].ids))
     room = int(memory * 2**20 / each)  # tokens in a pass
-    most = max(1, min(LARGEST, room // (tall * wide)))
+    most = max(1, min(clients, room // (tall * wide)))
+    guess = max(1, min(most, GUESS // (tall * wide)))
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
-    cost(1, time.perf_counter)  # the first pass of a process is slower
     if not threads and cores > 1:
-        alone = cost(min(4, most), time.perf_counter)
+        alone = cost(guess, time.perf_counter)
         torch.set_num_threads(cores)
-        threads = cores if cost(min(4, most), time.perf_counter) < THREADS_PAY * alone else 1
+        threads = cores if cost(guess, time.perf_counter) < THREADS_PAY * alone else 1
     torch.set_num_threads(threads or 1)
     if stack is None:
         # of a processor that others use too, its own time says more; a GPU's is none of the processor's
         clock = time.process_time if base.device.type == "cpu" else time.perf_counter
-        stack, k, best = 1, 2, cost(1, clock)
-        while k <= min(most, 4 * stack):  # one size that is no better may be a disturbance; two are not
-            now = cost(k, clock)
-            if now < ENOUGH * best:
-                stack, best = k, now
-            k *= 2
-    return Pace(stack=stack, tokens=max(1, min(SCORED, room)), threads=threads or 1)
+        stack = _search(lambda k: cost(k, clock), guess, most, WORTH * steps / REPEATS)
+    return Pace(stack=min(stack, most), tokens=max(1, min(SCORED, room)), threads=threads or 1)
+
+
+def _search(cost: Callable[[int], float], guess: int, most: int, worth: float) -> int:
+    """The cheapest stack of 1, the guess, and its doubles and halves for as long as they are cheaper.
+
+    `cost(k)` is that of a client among k, and measuring it costs k of `worth`.
+    """
+    found: dict[int, float] = {}
+
+    def better(k: int, best: int) -> bool:
+        nonlocal worth
+        if k not in found and 1 <= k <= most and k <= worth:
+            worth -= k
+            found[k] = cost(k)
+        return found.get(k, math.inf) < found.get(best, math.inf)
+
+    better(guess, guess)
+    if guess not in found:
+        return guess  # there is too little to train to find out
+    best = 1 if better(1, guess) else guess
+    for factor in (2.0, 0.5):
+        while better(k := int(best * factor), best) and k != best:
+            best = k
+    return best
 
 
 def saved_bytes(base: BaseModel, lora: Lora, start: Mapping[str, Tensor], rows: Rows, recipe: Recipe) -> int:
