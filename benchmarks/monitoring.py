@@ -144,7 +144,7 @@ def main() -> None:
                 [f"personalize.epochs={e}", "engine.stack=8", "clients.per_round=16"],
                 runs,
             )
-            for e in (2, 16, 64)
+            for e in (2, 16, 48)
         ]
     else:
         print("HateCheck is left out: make example-hatecheck makes its data ready")

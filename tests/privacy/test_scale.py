@@ -289,6 +289,14 @@ def test_a_chunk_with_one_client_whose_message_may_not_leave_is_not_sealed(trust
             seal_all(everyone, LAYOUT, terms, 1, range(5))
 
 
+def test_a_client_without_weight_sends_no_change_however_large():
+    terms, messages = terms_of("central", "noised"), people(3)
+    messages.update[1] = [5.0] * (messages.update.shape[1] - 1) + [0.0]
+    sealed = seal_all(messages, LAYOUT, terms, 1, range(3))
+    width = messages.update.shape[1]
+    assert not sealed[1, -width:].any() and sealed[0, -width:].any()
+
+
 @pytest.mark.parametrize("weight", [1.0, 4095.0])
 def test_a_sum_that_does_not_fit_is_not_opened(monkeypatch, weight):
     """From 2^19 clients on their weights can add up to more than 64 bits hold; unchecked, the sum turns negative."""

@@ -207,9 +207,10 @@ def _fixed(update: Array, terms: Terms) -> Integers:
     """(n, P) updates in fixed point, clipped; every number rounded toward zero, so that no norm grows."""
     weight, change = update[:, -1:], update[:, :-1]
     if math.isfinite(terms.update_clip):
-        with np.errstate(divide="ignore", invalid="ignore"):  # of a client without weight, which is not clipped
+        with np.errstate(divide="ignore", invalid="ignore"):  # a client without weight has no change to send
             norm = norms(change / weight)[:, None]
-            change = change * np.where((weight > 0) & (norm > 0), np.minimum(1.0, terms.update_clip / norm), 1.0)
+            factor = np.where(norm > 0, np.minimum(1.0, terms.update_clip / norm), 1.0)
+            change = np.where(weight > 0, change * factor, 0.0)
     clipped = np.concatenate([change, weight], axis=1)
     largest = float(np.abs(clipped).max(initial=0.0))
     if largest >= RANGE:
