@@ -1,6 +1,6 @@
 """What was tried to train and ask stacked adapters faster, with each thing and without; see speed/engine_attempts.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/engine_attempts.py [--only compiled,lean_parts] [--out FILE]    15 CPU-minutes
+    OMP_NUM_THREADS=1 python benchmarks/engine_attempts.py [--only compiled,lean_parts] [--out FILE]    11 CPU-minutes
 
 Both ways of a thing take turns in one process, and what is judged are the ratios of neighbours: whatever else the
 machine does then falls on both. `--only` prints some parts, named as their functions, and writes nothing.
@@ -148,7 +148,7 @@ THINGS = {
     "stack": Thing("clients in a pass as `measure` chose", "measured", "found on the study's own first clients"),
     "lean": Thing("lean norms and rotary positions", "in use", "fewer passes over memory, forward and backward"),
     "mask": Thing("no attention mask for causal models", "in use", "padding is at the right, where no token looks"),
-    "picked": Thing("`_Picked` in place of", "in use", "one table of the logits' size between the passes"),
+    "picked": Thing("`_Picked` in place of", "in use", "one table of logits between the passes, as log_softmax keeps"),
     "table": Thing(
         "our table in place of torch's AdamW",
         "in use",
@@ -285,7 +285,7 @@ def asked() -> tuple[Item, ...]:
 
 
 def percent(x: float) -> str:
-    return f"{100 * x:.2g}%"
+    return f"{float(f'{100 * x:.2g}'):g}%"
 
 
 # --- what was tried -----------------------------------------------------------------------------------------------
@@ -491,7 +491,9 @@ def lower_layers(home: Path) -> Part:
             kinds[f"once {epochs}"] = lambda one=one, recipe=recipe: known(replace(one, recipe=recipe)).losses()
         np.testing.assert_allclose(kept.losses(), one.losses(), rtol=CHECKED)
         times = race({**kinds, "kept": kept.losses})
-        found = [(f"plain {e}", f"once {e}", f", for {e} epochs") for e in (1, 2, 5) if f"once {e}" in kinds]
+        found = [
+            (f"plain {e}", f"once {e}", f", for {e} epoch{'s' * (e > 1)}") for e in (1, 2, 5) if f"once {e}" in kinds
+        ]
         for before, after, detail in [*found, ("plain 1", "kept", " in an earlier round")]:
             count = cell.k * int(before.split()[1])
             rows.append(Row("lower", cell.name, times[before], times[after], count, detail))

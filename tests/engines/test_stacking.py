@@ -238,6 +238,7 @@ def test_layers_below_the_first_adapter_are_asked_once_of_whoever_comes_back(
     privacy = {"panel": panel, "updates": {"noise": "none"}, "min_cohort": 2}
     clients = {"count": 3, "examples": 12, "eval_examples": 4, "max_examples": limit, "per_round": 3}
     chosen = table().model_dump() | {"privacy": privacy, "clients": clients, "model": {"lora": {"layers": [3]}}}
+    chosen["personalize"] = {"epochs": 2}
     local = LocalClients(prepare(study.parse(chosen), tmp_path), tmp_path / "run" / "clients")
     calls = []
     original = stacked.below
@@ -248,6 +249,18 @@ def test_layers_below_the_first_adapter_are_asked_once_of_whoever_comes_back(
     training = [rows for rows in calls if all(len(targets) == 1 for targets in rows.targets)]
     assert len(training) == 3 * asked
     assert 0 <= local._room <= 2**30 and bool(local._known) == (panel == "same")
+
+
+def test_for_a_single_epoch_nothing_is_computed_ahead(tmp_path, monkeypatch):
+    chosen = table().model_dump() | {"model": {"lora": {"layers": [3]}}}
+    chosen["privacy"] = {"updates": {"noise": "none"}, "min_cohort": 2}
+    setup = prepare(study.parse(chosen), tmp_path)
+    local = LocalClients(setup, tmp_path / "run" / "clients")
+    calls = []
+    original = stacked.below
+    monkeypatch.setattr(stacked, "below", lambda *args: (calls.append(args[2]), original(*args))[1])
+    local._stack(1, [0, 1, 2], setup.shared, None, range(1))
+    assert len(calls) == 3  # each client's own questions, which three models are asked
 
 
 # --- where and in what precision ----------------------------------------------------------------------------------

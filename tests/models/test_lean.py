@@ -43,8 +43,10 @@ def test_gradients_are_those_of_the_formulas():
     ("name", "norms", "rotary"), [("llama", 5, 1), ("qwen2", 5, 1), ("gpt2", 0, 0), ("neox", 0, 1)]
 )
 def test_which_models_have_such_parts(models, name, norms, rotary):
-    found = parts_of(models[name].model)
-    assert (len(found[0]), len(found[1])) == (norms, rotary)
+    for asked in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):  # whoever asks first
+        with asked:
+            found = parts_of(models[name].model)
+        assert (len(found[0]), len(found[1])) == (norms, rotary)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "neox"])

@@ -206,7 +206,8 @@ class LocalClients:
         local_rows = self._below([rows for _, rows in local], [("eval", c) if again else None for c in clients])
         if self._record_level is None:
             same = again and self._study.clients.max_examples is None  # else a round has examples of its own
-            data = self._below(data, [("train", c) if same else None for c in clients])
+            if same or self._recipe.epochs * method.fits > 1:  # else they would be computed once anyway
+                data = self._below(data, [("train", c) if same else None for c in clients])
         private = [self._private.load(c, line) or self._first_private for c in clients]
         own_z = [np.zeros((0, 0))] * k
         held = Held(stacked.repeat(shared, k), stacked.stack(private) if self._first_private else {})

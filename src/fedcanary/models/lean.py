@@ -43,9 +43,10 @@ def parts_of(model: nn.Module) -> Parts:
     first = next(model.parameters(), None)
     if first is None or first.dtype != torch.float32:
         return (), ()
-    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and _is_rms(m)]
-    names = sorted({type(m).__module__ for m in model.modules()})
-    modules = [m for m in map(sys.modules.get, names) if _is_rotary(getattr(m, ROTARY, None), first.device)]
+    with torch.inference_mode(False), torch.enable_grad():  # whoever asks, gradients are a part of the check
+        norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and _is_rms(m)]
+        names = sorted({type(m).__module__ for m in model.modules()})
+        modules = [m for m in map(sys.modules.get, names) if _is_rotary(getattr(m, ROTARY, None), first.device)]
     return tuple(norms), tuple(modules)
 
 
@@ -138,9 +139,8 @@ def _same(original: Callable[[Tensor], Tensor], ours: Callable[[Tensor], Tensor]
     for function in (original, ours):
         leaf = x.clone().requires_grad_()
         try:
-            with torch.enable_grad():
-                y = function(leaf)
-                found.append((y, *torch.autograd.grad((y * y.detach().cos()).sum(), leaf)))
+            y = function(leaf)
+            found.append((y, *torch.autograd.grad((y * y.detach().cos()).sum(), leaf)))
         except (TypeError, RuntimeError, AttributeError, ValueError):
             return False  # another signature or shape: not this function
     return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
