@@ -117,7 +117,7 @@ class Scripted(MadeUp):
     harm, bad_from, fixed = -0.08, 5, False
     lines: ClassVar[dict[int, list[int]]] = {}
 
-    def work(self, request, cohort, shared, terms, line=None):
+    def work(self, request, cohort, shared, terms, line=None, trainers=()):
         (tensor,) = shared.values()
         harmed = not Scripted.fixed and float(tensor.mean()) >= Scripted.bad_from
         Scripted.lines[request.round] = list(line)

@@ -62,7 +62,7 @@ class Planted(MadeUp):
     harm: Harm = staticmethod(healthy)
     asks_policies = False
 
-    def work(self, request, cohort, shared, terms, line=None):
+    def work(self, request, cohort, shared, terms, line=None, trainers=()):
         setup, layout = self._setup, privacy_terms.layout(self._setup)
         streams = [(p.mode, s) for p in plan_of(setup, self.base_answers).modes for s in p.streams]
         for client in cohort:

@@ -92,17 +92,17 @@ def run(
             # 1 base model and data were loaded by `engines.setup`   2 who trains and who answers
             cohort = protected.cohort(t)
             gate = protected.gate(t, cohort)
-            asked, failed, done = len(cohort.clients), 0, 0
+            asked, all_asked, failed, done = len(cohort.clients), len(cohort.clients) + len(cohort.trainers), 0, 0
             # 3 each client: theta_t -> theta_k,t   4 its probes compare theta_0, theta_t and theta_k,t
             request = clients.consent.request(t, asked, drills.ask())
-            for sent in clients.work(request, cohort.clients, shared, gate.terms, lineage(past)):
+            for sent in clients.work(request, cohort.clients, shared, gate.terms, lineage(past), cohort.trainers):
                 for one in sent:
                     if one.vector is not None:
                         gate.put(one.client, one.vector)
                     failed += one.vector is None and not one.refused
                     gate.refused.update(tally(one.refused))
                 done += len(sent)
-                watch(Progress(round=t, rounds=study.rounds, done=done, clients=asked))
+                watch(Progress(round=t, rounds=study.rounds, done=done, clients=all_asked))
                 if interrupted():
                     raise Stopped
             # 5 sum -> charge the ledger -> noise -> Release
@@ -124,6 +124,7 @@ def run(
                 {
                     "round": t,
                     "clients": asked,
+                    **({"also_trained": len(cohort.trainers)} if study.clients.also_train else {}),
                     "failed": failed,
                     "refused": dict(sorted(gate.refused.items())),
                     "aborted": cohort.why_none or gate.aborted,

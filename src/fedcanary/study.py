@@ -124,6 +124,8 @@ class ClientsTable(Table):
     """At most this many training rows of a client are used in a round; all when absent."""
     per_round: Positive | None = None
     """Clients drawn for a round. When absent: all, or with rotating panels an equal part of them for each round."""
+    also_train: Annotated[int, Field(ge=0, strict=True)] = 0
+    """So many further clients train in each round and send their update, but read nothing and say nothing else."""
     available: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Chance that a client is there in a round of a simulation; who is away is not drawn for it."""
     policies: str | None = None
@@ -366,12 +368,29 @@ class Study(Table):
             problems.append("clients.columns.client: a partition by column needs the client column's name")
         if not generated and partition.kind != "column" and partition.clients is None:
             problems.append(f"clients.partition.clients: say how many clients a {partition.kind} partition makes")
+        if self.clients.also_train:
+            problems += self._training_problems()
         problems += [*self._privacy_problems(), *self._acting_problems(), *self._slices_problems()]
         if not self.probes.packaged and not self.probes.suites:
             problems.append("probes.suites: with packaged = false, name at least one suite")
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _training_problems(self) -> list[str]:
+        """Why no clients can train that do not answer."""
+        updates, found = self.privacy.updates, []
+        if self.personalize.method == "local_only":
+            found.append("clients.also_train: local_only sends no update, so who does not answer does nothing")
+        if self.privacy.unit == "example":
+            found.append('clients.also_train: the unit "example" pays for each training; leave it out')
+        if updates is not None and updates.noise != "none":
+            found.append("clients.also_train: noised updates are paid for once in a window; leave it out")
+        if self.guard is not None:
+            found.append(
+                "clients.also_train: a guard judges by readings, which these clients do not take; leave it out"
+            )
+        return found
 
     def _privacy_problems(self) -> list[str]:
         privacy, found = self.privacy, self._record_problems()

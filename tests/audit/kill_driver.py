@@ -66,8 +66,8 @@ POINTS = {
 class Mortal(MadeUp):
     """Made-up clients of a process that may die when all have answered."""
 
-    def work(self, request, cohort, shared, terms, line=None) -> Iterator[list[Sent]]:
-        yield from super().work(request, cohort, shared, terms, line)
+    def work(self, request, cohort, shared, terms, line=None, trainers=()) -> Iterator[list[Sent]]:
+        yield from super().work(request, cohort, shared, terms, line, trainers)
         hit("all answered", request.round)
 
 

@@ -20,7 +20,7 @@ from fedcanary.models import adapters, base
 from fedcanary.models.adapters import Lora
 from fedcanary.personalize import method
 from fedcanary.privacy.contract import Request
-from fedcanary.privacy.seal import Message, Terms, seal
+from fedcanary.privacy.seal import Message, Terms, seal, seal_update
 from fedcanary.probes import probes
 from fedcanary.rng import stream
 from fedcanary.types import Array, Item, Role, Suite
@@ -154,7 +154,13 @@ class MadeUp:
         return items, np.full((len(items), 2), 0.5)
 
     def work(
-        self, request: Request, cohort: Sequence[int], shared: object, terms: Terms, line: object = None
+        self,
+        request: Request,
+        cohort: Sequence[int],
+        shared: object,
+        terms: Terms,
+        line: object = None,
+        trainers: Sequence[int] = (),
     ) -> Iterator[list[Sent]]:
         layout = self._setup.layout
         for client in cohort:
@@ -164,3 +170,6 @@ class MadeUp:
             message = Message(readings=readings, update=np.append(rng.normal(size=6), 1.0))
             sent = None if reasons else seal(message, layout, terms, request.round, client)
             yield [Sent(client, sent, reasons)]
+        for client in trainers:
+            update = np.append(stream(1, "made-up", client, request.round).normal(size=6), 1.0)
+            yield [Sent(client, seal_update(update, layout, terms))]

@@ -8,6 +8,9 @@ same        With everyone in every round the draw says nothing and saves nothing
             without replacement is fresh in each round; a client pays for all rounds, as if always drawn. It is not
             claimed as privacy amplification, because the server knows who was drawn.
 
+Besides, a round may have clients who train and say nothing of it but their update: drawn anew in each round, uniformly
+from those who do not answer in it, and as often as it falls to them. They spend no part of the readings' budget.
+
 Who is away in a round is not drawn for it, and keeps its turn. Being away must not depend on private data either: who
 is on line, not who has what.
 """
@@ -42,3 +45,15 @@ def rotate(
     taken = set(used)
     order = stream(seed, "panel").permutation(clients).tolist()
     return sorted([client for client in order if client not in taken and there(client)][:size])
+
+
+def others(
+    seed: int, round: int, clients: int, panel: Collection[int], count: int, there: Callable[[int], bool]
+) -> tuple[int, ...]:
+    """The round's `count` clients who only train, in order of their number: of those there and not in its panel."""
+    if not count:
+        return ()
+    answering = set(panel)
+    found = [client for client in range(clients) if client not in answering and there(client)]
+    chosen = stream(seed, "trainers", round).choice(len(found), min(count, len(found)), replace=False)
+    return tuple(sorted(found[int(at)] for at in chosen))

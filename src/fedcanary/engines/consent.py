@@ -68,6 +68,7 @@ def contract_of(setup: Setup) -> Contract:
             clip=terms.update_clip,
             noise=terms.update_noise,
             quantile=privacy.updates.quantile if privacy.updates is not None else None,
+            apart=True if study.clients.also_train else None,
         )
         if dimension
         else None,
@@ -223,7 +224,7 @@ class Consent:
                 reasons.append(Reason.ANSWERED)
             for reason in reasons:
                 ledger.note_refusal(reason)
-            if not reasons and self.contract.trust != "none":
+            if not reasons and request.probes and self.contract.trust != "none":
                 ledger.charge(self._charge(request.round, first=not answered))
         return reasons
 

@@ -30,10 +30,11 @@ from fedcanary.models.adapters import Adapter, save
 from fedcanary.models.base import Rows
 from fedcanary.models.generate import replies
 from fedcanary.personalize import Held
+from fedcanary.personalize.base import Trained
 from fedcanary.personalize.fit import Recipe, fit
 from fedcanary.personalize.private_fit import fit_private
 from fedcanary.privacy.contract import Request
-from fedcanary.privacy.seal import Message, Sealed, Terms, seal
+from fedcanary.privacy.seal import Message, Sealed, Terms, seal, seal_update
 from fedcanary.probes.base import Answers, ClientView, OwnProbe, Probe, relevant
 from fedcanary.probes.slices import SLICES
 from fedcanary.rng import derive, stream
@@ -113,17 +114,21 @@ class LocalClients:
         shared: Adapter,
         terms: Terms,
         line: Container[int] | None = None,
+        trainers: Sequence[int] = (),
     ) -> Iterator[list[Sent]]:
         """One round of those in `cohort` who do not refuse the request, in stacks; yields what each client sealed.
 
-        `line` are the rounds that led to `shared`, if not all before: what is private goes on from the last of them.
+        `trainers` are asked for an update alone, and read nothing. `line` are the rounds that led to `shared`, if not
+        all before: what is private goes on from the last of them.
         """
         round = request.round
         line = range(round) if line is None else line
         answers = {client: self.consent.refuses(client, request) for client in cohort}
+        training = request.model_copy(update={"probes": (), "drill_down": None})
+        answers |= {client: self.consent.refuses(client, training) for client in trainers}
         if refused := [Sent(client, None, reasons) for client, reasons in answers.items() if reasons]:
             yield refused
-        cohort = [client for client, reasons in answers.items() if not reasons]
+        cohort, trainers = ([c for c in asked if not answers[c]] for asked in (cohort, trainers))
         common = None
         if not self._first_private:  # then everyone holds the same model at the round's start
             held = Held(stacked.repeat(shared, 1), {})
@@ -136,6 +141,13 @@ class LocalClients:
                 sealed = None if whole is None else seal(whole, self._layout, terms, round, client)
                 sent.append(Sent(client, sealed))
             yield sent
+        for clients in self._stacks(trainers, round):
+            data, _, trained = self._train(round, clients, shared, line)
+            updates = [self._kept(round, client, j, data, shared, trained, line) for j, client in enumerate(clients)]
+            yield [
+                Sent(client, None if update is None else seal_update(update, self._layout, terms))
+                for client, update in zip(clients, updates, strict=True)
+            ]
 
     def _settle(self, setup: Setup, file: Path) -> Pace:
         """The pace of the run's file, or a new one by the training rows of the first clients."""
@@ -199,26 +211,57 @@ class LocalClients:
         self, round: int, clients: Sequence[int], shared: Adapter, common: Array | None, line: Container[int]
     ) -> dict[int, Message | None]:
         """What each client of a stack has to say; None if its training failed."""
-        k, method = len(clients), self._method
-        data = [self._train_rows(c, round) for c in clients]
-        local = [self._eval(c) for c in clients]
-        again = not self._study.privacy.rotates  # who trains once need not be remembered
-        local_rows = self._below([rows for _, rows in local], [("eval", c) if again else None for c in clients])
-        if self._record_level is None:
-            same = again and self._study.clients.max_examples is None  # else a round has examples of its own
-            if same or self._recipe.epochs * method.fits > 1:  # else they would be computed once anyway
-                data = self._below(data, [("train", c) if same else None for c in clients])
-        private = [self._private.load(c, line) or self._first_private for c in clients]
-        own_z = [np.zeros((0, 0))] * k
-        held = Held(stacked.repeat(shared, k), stacked.stack(private) if self._first_private else {})
-        if method.needs_embedding:
+        k, again = len(clients), not self._study.privacy.rotates  # who answers once need not be remembered
+        names = [("eval", c) if again else None for c in clients]
+        local_rows = self._below([self._eval(c)[1] for c in clients], names)
+        data, held, trained = self._train(round, clients, shared, line)
+        own_z, public_z = [np.zeros((0, 0))] * k, [self._embedded] * k
+        if self._method.needs_embedding:
             own_z = [stacked.embed(self._base, rows) for rows in local_rows]
-            held = method.prepare(held, [stacked.embed(self._base, rows) for rows in data])
-        public_z = [self._embedded] * k
         public = [self._asked(self._domains(c)) for c in clients]
-
         received_local = self._probabilities(self._score(held, local_rows, own_z))
         received = [common] * k if common is not None else self._probabilities(self._score(held, public, public_z))
+        base_local = self._base_local(clients, local_rows)
+        after_local = self._probabilities(self._score(trained.held, local_rows, own_z))
+        after = self._probabilities(self._score(trained.held, public, public_z))
+        said = self._replies(held, public_z) if self._unsafe else None
+        messages: dict[int, Message | None] = {}
+        for j, client in enumerate(clients):
+            update = self._kept(round, client, j, data, shared, trained, line)
+            if update is None:
+                messages[client] = None
+                continue
+            view = self._view(client, base_local[j], received_local[j], after_local[j], received[j], after[j])
+            if said is not None:
+                view = replace(view, replies={"base": self._base_replies, "received": said[j]})
+            readings = {probe.name: self._read(probe, view) for probe in self._probes}
+            model = Held(stacked.unstack(trained.held.shared, j), stacked.unstack(trained.held.private, j))
+            if self._guard is not None:
+                readings[guard.GUARD], model = self._guarded(self._guard, client, round, view, model)
+            if self._tap is not None:
+                self._tap(round, client, readings)
+            messages[client] = Message(
+                readings={name: reading.values for name, reading in readings.items()}, update=update
+            )
+            if round == self._study.rounds and client < self._study.personalize.save_personalized:
+                self._keep_personalized(client, model)
+        return messages
+
+    def _train(
+        self, round: int, clients: Sequence[int], shared: Adapter, line: Container[int]
+    ) -> tuple[list[Rows], Held, Trained]:
+        """A stack of clients' rows, what they hold at the round's start, and what training makes of it."""
+        k, method = len(clients), self._method
+        data = [self._train_rows(c, round) for c in clients]
+        private = [self._private.load(c, line) or self._first_private for c in clients]
+        held = Held(stacked.repeat(shared, k), stacked.stack(private) if self._first_private else {})
+        if method.needs_embedding:
+            held = method.prepare(held, [stacked.embed(self._base, rows) for rows in data])
+        if self._record_level is None:
+            # examples of its own in a round are not kept, nor those of a client who trains once
+            same = not self._study.privacy.rotates and self._study.clients.max_examples is None
+            if same or self._recipe.epochs * method.fits > 1:  # else they would be computed once anyway
+                data = self._below(data, [("train", c) if same else None for c in clients])
 
         def order(j: int, epoch: int) -> np.random.Generator:
             return stream(self._study.seed, "order", clients[j], round, epoch)
@@ -234,36 +277,26 @@ class LocalClients:
                 return fit(self._base, self._lora, start, data, self._recipe, order, coins=coins, **how)
             return fit_private(self._base, self._lora, start, data, self._recipe, self._record_level, sources, **how)
 
-        trained = method.train(held, local_fit)
-        base_local = self._base_local(clients, local_rows)
-        after_local = self._probabilities(self._score(trained.held, local_rows, own_z))
-        after = self._probabilities(self._score(trained.held, public, public_z))
-        said = self._replies(held, public_z) if self._unsafe else None
-        messages: dict[int, Message | None] = {}
-        for j, client in enumerate(clients):
-            if trained.failed[j]:
-                self._failed(client, round)
-                messages[client] = None
-                continue
-            view = self._view(client, base_local[j], received_local[j], after_local[j], received[j], after[j])
-            if said is not None:
-                view = replace(view, replies={"base": self._base_replies, "received": said[j]})
-            readings = {probe.name: self._read(probe, view) for probe in self._probes}
-            model = Held(stacked.unstack(trained.held.shared, j), stacked.unstack(trained.held.private, j))
-            if self._guard is not None:
-                readings[guard.GUARD], model = self._guarded(self._guard, client, round, view, model)
-            if self._tap is not None:
-                self._tap(round, client, readings)
-            weight = float(len(data[j])) if self._study.personalize.weighting == "examples" else 1.0
-            messages[client] = Message(
-                readings={name: reading.values for name, reading in readings.items()},
-                update=self._update(shared, trained.held.shared, j, weight),
-            )
-            if self._first_private:
-                self._private.save(client, round, stacked.unstack(trained.held.private, j), line)
-            if round == self._study.rounds and client < self._study.personalize.save_personalized:
-                self._keep_personalized(client, model)
-        return messages
+        return data, held, method.train(held, local_fit)
+
+    def _kept(
+        self,
+        round: int,
+        client: int,
+        j: int,
+        data: Sequence[Rows],
+        shared: Adapter,
+        trained: Trained,
+        line: Container[int],
+    ) -> Array | None:
+        """The update of client j of a stack, whose private tensors are written to its disk; None if it failed."""
+        if trained.failed[j]:
+            self._failed(client, round)
+            return None
+        if self._first_private:
+            self._private.save(client, round, stacked.unstack(trained.held.private, j), line)
+        weight = float(len(data[j])) if self._study.personalize.weighting == "examples" else 1.0
+        return self._update(shared, trained.held.shared, j, weight)
 
     def _failed(self, client: int, round: int) -> None:
         if self._study.personalize.on_failure == "stop":

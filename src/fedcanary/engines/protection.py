@@ -30,10 +30,11 @@ Unit = Literal["client", "example"]
 
 @dataclass(frozen=True, slots=True)
 class Cohort:
-    """A round's clients; where there are none, why."""
+    """A round's clients, who train and answer; where there are none, why. `trainers` train and say nothing else."""
 
     clients: list[int]
     why_none: str = ""
+    trainers: tuple[int, ...] = ()
 
 
 class Protection:
@@ -97,7 +98,8 @@ class Protection:
             self._used.update(drawn)
         if round in self._given_up:
             return Cohort([], "was interrupted after it was paid for; fresh noise would be a second look")
-        return Cohort(drawn)
+        also = study.clients.also_train
+        return Cohort(drawn, trainers=panel.others(study.seed, round, self._clients, drawn, also, there))
 
     def gate(self, round: int, cohort: Cohort) -> Gate:
         """The round's way through the door."""
@@ -107,7 +109,8 @@ class Protection:
             self._layout,
             agreed,
             self._pay,
-            cohort=set(cohort.clients),
+            cohort={*cohort.clients, *cohort.trainers},
+            panel=set(cohort.clients) if cohort.trainers else None,
             run=self._run,
             registration=self._registration,
         )

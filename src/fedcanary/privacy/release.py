@@ -22,7 +22,7 @@ import itertools
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -69,9 +69,10 @@ class Charge:
 class Gate:
     """One round's passage through the door: `put` every client's sealed vector, then `close` once.
 
-    `cohort` are the only clients who may answer; `run` tells its charges from other runs'; `registration` is the list
-    of keys that secure aggregation checks (without it, clients register for the round). `aborted` says why nothing was
-    opened, if so; `refused` counts what was not taken, by reason.
+    `cohort` are the only clients who may send anything, and `panel` those of them who have readings to say (all, if
+    absent); the others only train, and send an update. `run` tells its charges from other runs'; `registration` is the
+    list of keys that secure aggregation checks (without it, clients register for the round). `aborted` says why nothing
+    was opened, if so; `refused` counts what was not taken, by reason.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Gate:
         charge: Callable[[Charge], None],
         *,
         cohort: Collection[int] | None = None,
+        panel: Collection[int] | None = None,
         run: str = "",
         registration: Registration | None = None,
     ) -> None:
@@ -96,7 +98,7 @@ class Gate:
         self._readings = len(self._bounds[0]) + (0 if terms.trust == "none" else self._encoding.size)
         self.terms = terms
         self._charge = charge
-        self._cohort, self._run, self._registration = cohort, run, registration
+        self._cohort, self._panel, self._run, self._registration = cohort, panel, run, registration
         self._charges: dict[str, Charge] = {}
         self._size: int | None = None  # of the first vector taken; all have the same
         self._seen: set[int] = set()
@@ -119,7 +121,7 @@ class Gate:
             raise FedcanaryError("a message came after its round was closed")
         vectors, names = np.ascontiguousarray(vectors), np.asarray(clients).tolist()
         shaped = self._shaped(vectors)
-        sound = self._sound(vectors).tolist() if shaped else [False] * len(vectors)
+        sound = self._sound(names, vectors).tolist() if shaped else [False] * len(vectors)
         taken = []
         for client, good in zip(names, sound, strict=True):
             reason = ""
@@ -145,10 +147,17 @@ class Gate:
         length = int(vectors.shape[1])
         return length > self._readings and length == (self._size or length)
 
-    def _sound(self, vectors: Sealed) -> Bits:
+    def _answered(self, clients: Iterable[int]) -> int:
+        """How many of these clients have readings to say."""
+        return sum(self._panel is None or client in self._panel for client in clients)
+
+    def _sound(self, names: Sequence[int], vectors: Sealed) -> Bits:
         """(n,) whether each row is within its bounds. What a trust hides from the server cannot be checked here."""
         start, size, (low, high) = self._readings, self._encoding.size, self._bounds
         sound: Bits = np.ones(len(vectors), dtype=np.bool_)
+        if self._panel is not None and self.terms.trust != "secure_aggregation":
+            silent = np.array([client not in self._panel for client in names], dtype=np.bool_)
+            sound &= ~silent | ~vectors[:, :start].any(axis=1)
         if self.terms.trust == "none":
             sound &= np.isfinite(vectors).all(axis=1)
             sound &= inside(vectors[:, :start], low, high)
@@ -183,8 +192,8 @@ class Gate:
         if self._closed:
             raise FedcanaryError(f"round {self._round} was released before")
         self._closed = True
-        count, total = len(self._seen), self._total
-        if not count:
+        count, total = self._answered(self._seen), self._total
+        if not self._seen:
             return {}
         if count < self.terms.floor:
             self._abort(f"{count} clients answered, and no sum over fewer than {self.terms.floor} is opened")
@@ -205,6 +214,12 @@ class Gate:
             self._pay(self.terms.floor)
 
     def _masked(self) -> dict[str, Release]:
+        def pay(survivors: Collection[int]) -> None:
+            count = self._answered(survivors)
+            if count < self.terms.floor:
+                raise secagg.Aborted(secagg.Step.AGREE, count, self.terms.floor, "clients with readings are left")
+            self._pay(count)
+
         try:
             outcome = secagg.aggregate(
                 self._sealed,
@@ -214,13 +229,13 @@ class Gate:
                 tolerated=self.terms.dropouts,
                 registry=None if self._registration is None else self._registration[0],
                 identities=None if self._registration is None else self._registration[1],
-                before_unmasking=lambda survivors: self._pay(len(survivors)),
+                before_unmasking=pay,
             )
         except secagg.Aborted as error:
             self._abort(str(error))
             return {}
         self.refused.update(outcome.refused)
-        return self._open(outcome.signed, len(outcome.survivors))
+        return self._open(outcome.signed, self._answered(outcome.survivors))
 
     def _noised(self, total: Integers) -> Integers:
         """What the server adds under trust `central`."""
@@ -253,7 +268,7 @@ class Gate:
 
     def _plain(self, total: Array) -> dict[str, Release]:
         """Trust `none`: exact sums of everything, details included."""
-        found, at, count = {}, 0, len(self._seen)
+        found, at, count = {}, 0, self._answered(self._seen)
         for name, coords in self._layout.items():
             found[name] = self._release(name, _exact(coords, total[at : at + len(coords)]), count, math.inf)
             at += len(coords)

@@ -174,6 +174,20 @@ def seal_all(messages: Message, layout: Layout, terms: Terms, round: int, client
     return np.concatenate([readings, *exact, update], axis=1)
 
 
+def seal_update(update: Array, layout: Layout, terms: Terms) -> Sealed:
+    """What a client sends that only trains: zeros where others have readings, without noise, and its update (P,).
+
+    The zeros are the same whatever the client holds, so they need no noise and cost nothing.
+    """
+    if update.ndim != 1 or not np.isfinite(update).all():
+        raise FedcanaryError("an update is not finite")
+    said = bounds(layout if terms.trust == "none" else terms.exactly(layout))[0].size
+    if terms.trust == "none":
+        return np.concatenate([np.zeros(said), update])
+    silent = np.zeros(Encoding(terms.bounded(layout)).size + said, dtype=np.int64)
+    return np.concatenate([silent, _fixed(update[None], terms)[0]])
+
+
 def check(messages: Message, layout: Layout, n: int) -> None:
     """Refuse, at the client, what its own bug would let leave: other probes, values outside their bounds, NaN."""
     if messages.readings.keys() != layout.keys():

@@ -81,6 +81,7 @@ UPDATE_RULES: Final[Rules] = {
     "clip": ("the bound on a model update", "higher", Kind.REVEAL),
     "noise": ("the noise multiplier of the model update", "lower", Kind.WEAKEN),
     "quantile": ("the quantile that the bound on a model update follows", "higher", Kind.REVEAL),
+    "apart": ("whether updates are asked for without an answer", "higher", Kind.REVEAL),
 }
 EXAMPLE_RULES: Final[Rules] = {
     "noise": ("the noise multiplier of training", "lower", Kind.WEAKEN),

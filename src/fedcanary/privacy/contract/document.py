@@ -83,7 +83,8 @@ class Update(Table):
 
     `clip` bounds the L2 norm of the unweighted change (infinite for no bound). `noise` is the standard deviation of the
     sum's noise over `clip`; at 0 sums leave exactly: not differentially private and in no epsilon, unless training was
-    (unit `example`). With a `quantile` the clip follows it from round to round, and `clip` is the first.
+    (unit `example`). With a `quantile` the clip follows it from round to round, and `clip` is the first. With `apart`
+    clients are also asked for an update in rounds in which they say nothing else.
     """
 
     dimension: Count
@@ -91,6 +92,7 @@ class Update(Table):
     clip: Above0
     noise: Annotated[Finite, Field(ge=0)]
     quantile: Annotated[Finite, Field(gt=0, lt=1)] | None = None
+    apart: Literal[True] | None = None
 
 
 class Examples(Table):

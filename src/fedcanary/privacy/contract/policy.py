@@ -85,6 +85,7 @@ class Reason(StrEnum):
     TRAINING = "training_not_in_contract"
     PROBE = "probe_not_in_contract"
     UPDATE = "update_not_in_contract"
+    APART = "training_apart_not_in_contract"
     ROUND = "round_not_in_contract"
     ANSWERED = "already_answered"
     FLOOR = "cohort_below_floor"
@@ -185,6 +186,8 @@ def refusals(
         named = _may_be_drilled(c, q.drill_down)
         refuse(not named, Reason.DRILL_DOWN, "the contract has no such drill-down: ask for one that it has")
         refuse(not policy.slices, Reason.OWN_SLICES, "slices are refused here: ask for none, or set slices = true")
+    apart = c.updates is not None and c.updates.apart is not None
+    refuse(not asked and not apart, Reason.APART, "the contract has no training without an answer: ask for readings")
     refuse(q.update and c.updates is None, Reason.UPDATE, "the contract sends no model update: ask for none")
     exact = c.updates is not None and c.updates.noise == 0 and c.examples is None
     bare = q.update and exact and not policy.updates_without_noise
@@ -195,13 +198,17 @@ def refusals(
     refuse(c.unit not in policy.units, Reason.OWN_UNIT, f"unit {c.unit}: change it, or add it to units")
     refuse(q.round > c.rounds, Reason.ROUND, f"round {q.round} of {c.rounds}: ask in the contract's rounds")
     most = 1 if c.panel == "rotating" else c.rounds
-    refuse(answered >= most, Reason.ANSWERED, f"{answered} rounds answered of {most}: wait for another contract")
+    refuse(
+        bool(asked) and answered >= most,
+        Reason.ANSWERED,
+        f"{answered} rounds answered of {most}: wait for another contract",
+    )
     floor, own = c.min_cohort, policy.min_cohort
     refuse(q.cohort < floor, Reason.FLOOR, f"{q.cohort} clients, the floor is {floor}: draw more clients")
     refuse(q.cohort < own, Reason.OWN_COHORT, f"{q.cohort} clients, own minimum {own}: draw more clients")
     for reason, name, before, price in (
-        (Reason.OWN_EPSILON, "max_epsilon", spent[0], 0.0 if answered else c.epsilon_per_window),
-        (Reason.OWN_DELTA, "max_delta", spent[1], 0.0 if answered else c.delta),
+        (Reason.OWN_EPSILON, "max_epsilon", spent[0], c.epsilon_per_window if asked and not answered else 0.0),
+        (Reason.OWN_DELTA, "max_delta", spent[1], c.delta if asked and not answered else 0.0),
     ):
         ceiling = getattr(policy, name)
         fits = before >= 0 and before + price <= ceiling * (1 + ROUNDING)  # false for NaN

@@ -98,4 +98,5 @@ def describe(update: Update, unit: Unit) -> str:
     clip = f"clipped to {update.clip:g}" if math.isfinite(update.clip) else "NOT CLIPPED"
     if update.quantile is not None:
         clip += f" at first, then following the {update.quantile:g} quantile of the clients' norms"
-    return f"{update.dimension} numbers, {clip}, weights by {update.weighting}, {noise}"
+    apart = "; asked for also in rounds in which the client says nothing else" if update.apart else ""
+    return f"{update.dimension} numbers, {clip}, weights by {update.weighting}, {noise}{apart}"
