@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/monitoring.py [--runs 3]
 
 One round of the demonstration and, where its data was made ready (make example-hatecheck), of the HateCheck example,
-with all six modes and every client of the round answering, as they are and with more local epochs. Training is what a
-round without any monitoring would cost: the clients' examples as tokens, the layers below the first adapter, the fit.
-Monitoring is all the rest of the round: questions, readings, the door, the tests, the verdict, the record.
+with all six modes, as they are, with more local epochs, and with further clients who train and do not answer
+(`clients.also_train`). Training is what a round without any monitoring would cost: the clients' examples as tokens,
+the layers below the first adapter, the fit. Monitoring is all the rest of the round: questions, readings, the door, the
+tests, the verdict, the record.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def once(path: Path, overrides: Sequence[str]) -> tuple[Times, int]:
             finally:
                 LocalClients.work = original  # type: ignore[method-assign]
             whole = time.process_time() - began[0]
-    clients = int(next(iter(record.of("round")))["clients"])
+    body = next(iter(record.of("round")))
+    clients = int(body["clients"]) + int(body.get("also_trained", 0))
     spent["rest"] = whole - sum(spent.values())
     return {part: 1000 * spent[part] / clients for part in PARTS}, clients
 
@@ -127,14 +129,19 @@ def main() -> None:
     runs = parser.parse_args().runs
     torch.set_num_threads(1)
     demonstration = Path(fedcanary.__file__).parent / "demonstration.toml"
-    lines = [
+    own = ["clients.count=25"]
+    lines = [row("demonstration, 1 epoch", demonstration, own, runs)]
+    lines += [
+        row(f"demonstration, {e} epochs", demonstration, [*own, f"personalize.epochs={e}"], runs) for e in (4, 16, 48)
+    ]
+    lines += [
         row(
-            f"demonstration, {e} epoch{'s' * (e > 1)}",
+            f"demonstration, 1 epoch, {n} also train",
             demonstration,
-            [f"personalize.epochs={e}", "clients.count=25"],
-            runs,
+            [f"clients.count={25 + n}", "clients.per_round=25", f"clients.also_train={n}"],
+            1,
         )
-        for e in (1, 4, 16, 48)
+        for n in (100, 600)
     ]
     if (ROOT / "runs" / "hatecheck-prepared").is_dir():
         lines += [
@@ -153,10 +160,10 @@ def main() -> None:
 
 `OMP_NUM_THREADS=1 python benchmarks/monitoring.py --runs {runs}` on {platform.machine()}, {os.cpu_count()} cores,
 Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}: one round, CPU
-milliseconds per client, medians of {runs} runs. The first line of each study has its own number of epochs. `public` are
-the public items, asked of the personalized model; `own` the client's held-out items, asked of the received and the
-personalized model; `base` the same of the base, once in a run; `rest` the door, the tests, the record. `added` is all
-of these in percent of the training, with the least and the most.
+milliseconds per client of the round, medians of {runs} runs (one run where others also train). The first line of each
+study has its own number of epochs. `public` are the public items, asked of the personalized model; `own` the client's
+held-out items, asked of the received and the personalized model; `base` the same of the base, once in a run; `rest` the
+door, the tests, the record. `added` is all of these in percent of the training, with the least and the most.
 
 | study | clients | training | public | own | base | rest | added, % |
 |---|---|---|---|---|---|---|---|
