@@ -5,8 +5,8 @@
 One round of the demonstration and, where its data was made ready (make example-hatecheck), of the HateCheck example,
 with all six modes, as they are, with more local epochs, and with further clients who train and do not answer
 (`clients.also_train`). Training is what a round without any monitoring would cost: the clients' examples as tokens,
-the layers below the first adapter, the fit. Monitoring is all the rest of the round: questions, readings, the door, the
-tests, the verdict, the record.
+the layers below the first adapter, the fit. The door is what the update needs on its way, with readings or without:
+consent, masks, the sum, the record. Monitoring is the rest: questions, readings, tests.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fedcanary.engines.setup import cache, prepare
 ROOT = Path(__file__).resolve().parents[1]
 HATECHECK = ROOT / "examples" / "hatecheck" / "study.toml"
 ONE = ["rounds=1", "engine.threads=1"]
-PARTS = ("training", "public", "own", "base", "rest")
+PARTS = ("training", "door", "public", "own", "base", "tests")
 Times = dict[str, float]
 
 
@@ -76,6 +76,11 @@ def watched() -> Iterator[Counter[str]]:
         ),
         timed(LocalClients, "_base_local", lambda *args: "base"),
         timed(LocalClients, "_score", asked),
+        timed(LocalClients, "_read", lambda *args: "tests"),
+        timed(LocalClients, "_asked", lambda *args: "tests"),
+        timed(LocalClients, "_eval", lambda *args: "own"),
+        timed(pipeline.monitor, "step", lambda *args: "tests"),
+        timed(pipeline, "judge", lambda *args: "tests"),
     ]
     try:
         yield spent
@@ -105,7 +110,7 @@ def once(path: Path, overrides: Sequence[str]) -> tuple[Times, int]:
             whole = time.process_time() - began[0]
     body = next(iter(record.of("round")))
     clients = int(body["clients"]) + int(body.get("also_trained", 0))
-    spent["rest"] = whole - sum(spent.values())
+    spent["door"] = whole - sum(spent.values())
     return {part: 1000 * spent[part] / clients for part in PARTS}, clients
 
 
@@ -113,7 +118,8 @@ def row(name: str, path: Path, overrides: Sequence[str], runs: int) -> str:
     """A line of the table."""
     measured = [once(path, overrides) for _ in range(runs)]
     parts = {part: median(times[part] for times, _ in measured) for part in PARTS}
-    shares = [100 * (sum(times.values()) - times["training"]) / times["training"] for times, _ in measured]
+    without = [times["training"] + times["door"] for times, _ in measured]
+    shares = [100 * (sum(times.values()) - bare) / bare for (times, _), bare in zip(measured, without, strict=True)]
     cells = " | ".join(f"{parts[part]:.0f}" for part in PARTS)
     line = (
         f"| {name} | {measured[0][1]} | {cells} | **{median(shares):.0f}** ({min(shares):.0f} to {max(shares):.0f}) |"
@@ -161,12 +167,13 @@ def main() -> None:
 `OMP_NUM_THREADS=1 python benchmarks/monitoring.py --runs {runs}` on {platform.machine()}, {os.cpu_count()} cores,
 Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}: one round, CPU
 milliseconds per client of the round, medians of {runs} runs (one run where others also train). The first line of each
-study has its own number of epochs. `public` are the public items, asked of the personalized model; `own` the client's
-held-out items, asked of the received and the personalized model; `base` the same of the base, once in a run; `rest` the
-door, the tests, the record. `added` is all of these in percent of the training, with the least and the most.
+study has its own number of epochs. `door`: consent, secure aggregation of the update, the record, which a round needs
+with readings or without. `public`: the public items, asked of the personalized model; `own`: the client's held-out items,
+asked of the received and the personalized model; `base`: the same of the base, once in a run; `tests`: the probes, the
+tests, the verdict. `added` is the last four in percent of the first two, with the least and the most.
 
-| study | clients | training | public | own | base | rest | added, % |
-|---|---|---|---|---|---|---|---|
+| study | clients | training | door | public | own | base | tests | added, % |
+|---|---|---|---|---|---|---|---|---|
 {table}
 """
     (ROOT / "benchmarks" / "speed" / "monitoring.md").write_text(page, encoding="utf-8")

@@ -161,6 +161,19 @@ def test_who_only_trains_reads_nothing_and_pays_nothing(tiny, tmp_path, monkeypa
     assert list(RunRecord.load(tmp_path / "again").of("round")) == bodies
 
 
+def test_a_server_that_asks_for_no_probe_gets_no_reading(tiny, tmp_path):
+    """A request that costs nothing must show nothing: not even where its clients are those drawn to answer."""
+    setup = setup_of(tiny["llama"], 6, APART)
+    clients = LocalClients(setup, tmp_path / "run" / "clients")
+    request = clients.consent.request(1, 3).model_copy(update={"probes": ()})
+    terms = privacy_terms.terms(setup.study, 3)
+    sent = [one for part in clients.work(request, [0, 1, 2], setup.shared, terms) for one in part]
+    numbers = sum(t.numel() for t in setup.shared.values()) + 1
+    assert len(sent) == 3
+    for one in sent:
+        assert not one.vector[:-numbers].any() and one.vector[-numbers:].any()
+
+
 def test_the_adapter_moves_by_the_mean_change_of_all_who_train(tiny, tmp_path):
     moved = []
     for name, clients in (("apart", {"per_round": 3, "also_train": 3}), ("all", {"per_round": 6})):

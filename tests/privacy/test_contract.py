@@ -543,7 +543,7 @@ def asked_for(contract: Contract, asked: Any, own: Any, **known: Any) -> set[Rea
 
 ANSWERED = [
     (BASE, {}, {}, {}),
-    (BASE, {"round": 12, "probes": ()}, {"contract": BASE.digest}, {}),
+    (BASE, {"round": 12}, {"contract": BASE.digest}, {}),
     (BASE, {}, {"max_epsilon": 1.0, "max_delta": 1e-6, "min_cohort": 200}, {}),
     (BASE, {}, {"max_epsilon": 1.3}, {"spent": (0.1 + 0.2, 0.0)}),  # 0.30000000000000004
     (SAME, {}, {"max_epsilon": 4.2}, {"spent": (4.2, 1e-6), "answered": 11}),  # the window was paid for at first
@@ -573,6 +573,7 @@ REFUSED = [
     (BASE, {"probes": ("message",)}, {}, {}, {Reason.PROBE}),
     (BASE, {}, {"forbidden_probes": ("utility",)}, {}, {Reason.FORBIDDEN}),
     (BASE, {"update": True}, {}, {}, {Reason.UPDATE}),
+    (BASE, {"probes": ()}, {}, {}, {Reason.APART}),
     (WITH_EXACT, {"update": True}, {}, {}, {Reason.UPDATE_NOISE}),
     (BASE, {"round": 13}, {}, {}, {Reason.ROUND}),
     (BASE, {"cohort": 199}, {}, {}, {Reason.FLOOR}),

@@ -123,6 +123,8 @@ class LocalClients:
         """
         round = request.round
         line = range(round) if line is None else line
+        if not request.probes:  # then nobody answers, whoever was drawn for that: it would not be paid for
+            cohort, trainers = (), (*cohort, *trainers)
         answers = {client: self.consent.refuses(client, request) for client in cohort}
         training = request.model_copy(update={"probes": (), "drill_down": None})
         answers |= {client: self.consent.refuses(client, training) for client in trainers}
