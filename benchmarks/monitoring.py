@@ -168,7 +168,7 @@ def main() -> None:
 Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}: one round, CPU
 milliseconds per client of the round, medians of {runs} runs (one run where others also train). The first line of each
 study has its own number of epochs. `door`: consent, secure aggregation of the update, the record, which a round needs
-with readings or without. `public`: the public items, asked of the personalized model; `own`: the client's held-out items,
+with readings or without. `public`: public items, asked of the personalized model; `own`: the client's held-out items,
 asked of the received and the personalized model; `base`: the same of the base, once in a run; `tests`: the probes, the
 tests, the verdict. `added` is the last four in percent of the first two, with the least and the most.
 
