@@ -11,6 +11,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+# the benchmarks are scripts, not a package: their folder goes onto the path first
 import engine_attempts  # noqa: E402
 from engine_attempts import MISSED, REPEATS, gain  # noqa: E402
 

@@ -16,6 +16,7 @@ import pytest
 SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
 sys.path.insert(0, str(SPEED))
 
+# the benchmarks are scripts, not a package: their folder goes onto the path first
 import cells  # noqa: E402
 import check  # noqa: E402
 import tables  # noqa: E402

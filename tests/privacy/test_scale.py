@@ -78,7 +78,7 @@ def unmasked(monkeypatch):
     """Secure aggregation without its 16 ms for each client: the sum modulo 2^64 that the protocol's masks leave."""
 
     class Sum:
-        refused: dict[str, int] = {}  # noqa: RUF012
+        refused: dict[str, int] = {}  # noqa: RUF012 - stands for the outcome's own, and nothing writes to it
 
         def __init__(self, vectors, before_unmasking):
             before_unmasking(tuple(vectors))

@@ -95,6 +95,7 @@ class _Rotated(torch.autograd.Function):
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
+    # torch has no types for `apply`
     found: Tensor = _RootMeanSquare.apply(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
     return found
 

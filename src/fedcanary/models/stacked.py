@@ -184,26 +184,6 @@ def _branched(
     return torch.from_numpy(positions).to(base.device), additive.to(base.device)
 
 
-class _Picked(torch.autograd.Function):
-    """Log softmax(logits)[row, target] of logits (n, V), with one table of that size where autograd keeps three."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
-        shifted = logits - logits.amax(dim=1, keepdim=True)
-        value = shifted[row, target]
-        table = shifted.exp_()
-        total = table.sum(dim=1)
-        ctx.save_for_backward(table, total, row, target)
-        return value - total.log()[row]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        table, total, row, target = ctx.saved_tensors
-        each = torch.zeros_like(total).index_add_(0, row, gradients[0])
-        change = table * (-each / total).unsqueeze(1)
-        return change.index_put_((row, target), gradients[0], accumulate=True), None, None
-
-
 def log_probabilities(base: BaseModel, batch: Batch, lora: Lora | None = None) -> Tensor:
     """Log-probability of every target of a batch, (targets,), under whatever adapters are attached.
 
@@ -228,8 +208,7 @@ def log_probabilities(base: BaseModel, batch: Batch, lora: Lora | None = None) -
 
 def _picked(logits: Tensor, row: Tensor, target: Tensor) -> Tensor:
     exact = logits if logits.dtype == torch.float64 else logits.float()
-    found: Tensor = _Picked.apply(exact, row, target)  # type: ignore[no-untyped-call]  # torch has no types here
-    return found
+    return torch.log_softmax(exact, dim=-1)[row, target]
 
 
 # --- layers that no adapter changes -------------------------------------------------------------------------------
