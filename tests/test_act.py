@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedcanary import act, cli, pipeline, study
 from fedcanary.engines import guard, privacy_terms
-from fedcanary.engines.local import Sent
+from fedcanary.engines.clients import Sent
 from fedcanary.engines.setup import Setup
 from fedcanary.engines.verify import verify
 from fedcanary.errors import BadInput, Refused

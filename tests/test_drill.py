@@ -15,8 +15,8 @@ from fedcanary import pipeline, study
 from fedcanary.cli import main
 from fedcanary.drill import DrillDowns, ledger_of
 from fedcanary.engines import privacy_terms, slices
+from fedcanary.engines.clients import Sent
 from fedcanary.engines.consent import contract_of
-from fedcanary.engines.local import Sent
 from fedcanary.engines.plan import plan_of
 from fedcanary.engines.setup import Setup, prepare
 from fedcanary.errors import BadInput

@@ -20,6 +20,7 @@ from fedcanary import record as records
 from fedcanary.act import round_folder
 from fedcanary.drill import DrillDowns
 from fedcanary.engines import slices
+from fedcanary.engines.clients import Clients
 from fedcanary.engines.local import LocalClients, Tap, apply_update
 from fedcanary.engines.plan import plan_of
 from fedcanary.engines.protection import Protection
@@ -55,12 +56,14 @@ def run(
     out: Path,
     *,
     watch: Callable[[Progress], None] = lambda progress: None,
+    clients: Clients | None = None,
     oracle_tap: Tap | None = None,
     rebaseline: str | None = None,
 ) -> RunRecord:
     """Run a study into a folder, or go on with the run it holds. Returns the record.
 
-    A run that an alarm ended (held) goes on only with `rebaseline`, which says what was fixed. `oracle_tap` sees every
+    A run that an alarm ended (held) goes on only with `rebaseline`, which says what was fixed. `clients` are played by
+    this process unless somebody else reaches them. `oracle_tap` sees every
     client's exact readings. It exists for tests and benchmarks that need an all-seeing oracle; no command of the
     program sets it.
 
@@ -71,7 +74,7 @@ def run(
     """
     study = setup.study
     record = RunRecord.open(out)
-    clients = LocalClients(setup, out / "clients", oracle_tap)
+    clients = clients or LocalClients(setup, out / "clients", oracle_tap)
     plan, initial = plan_of(setup, clients.base_answers), setup.method.published(setup.shared, setup.initial)
     parts = {"contract": clients.consent.contract.digest, act.INITIAL: adapters.digest(initial)}
     _begin(record, setup, plan, parts)
@@ -86,7 +89,8 @@ def run(
     kept = adapters.load(round_folder(out, lineage(past)[0]))
     shared = {name: kept[name] for name in setup.shared}
     to_come = () if act.held(record) else range(record.rounds + 1, study.rounds + 1)
-    with _interruptible() as interrupted, Protection(setup, record) as protected:
+    with _interruptible() as interrupted, Protection(setup, record, clients.remembers) as protected:
+        clients.upcoming = protected.cohort
         for t in to_come:
             started = time.monotonic()
             # 1 base model and data were loaded by `engines.setup`   2 who trains and who answers
@@ -99,14 +103,14 @@ def run(
                 for one in sent:
                     if one.vector is not None:
                         gate.put(one.client, one.vector)
-                    failed += one.vector is None and not one.refused
+                    failed += one.failed
                     gate.refused.update(tally(one.refused))
                 done += len(sent)
                 watch(Progress(round=t, rounds=study.rounds, done=done, clients=all_asked))
                 if interrupted():
                     raise Stopped
             # 5 sum -> charge the ledger -> noise -> Release
-            releases = gate.close()
+            releases = gate.close(clients.masked)
             if UPDATE in releases:
                 shared = apply_update(shared, releases[UPDATE].total)
             published = setup.method.published(shared, setup.initial)

@@ -27,8 +27,8 @@ import torch
 
 from fedcanary import pipeline
 from fedcanary.engines import protection
+from fedcanary.engines.clients import Sent
 from fedcanary.engines.consent import Consent
-from fedcanary.engines.local import Sent
 from fedcanary.engines.setup import Setup
 from fedcanary.privacy import secagg
 from fedcanary.privacy.ledger import Ledger, anchor

@@ -20,7 +20,8 @@ from scipy import stats
 from wire import tap, walk
 
 from fedcanary.engines import local
-from fedcanary.engines.local import LocalClients, Sent
+from fedcanary.engines.clients import Sent
+from fedcanary.engines.local import LocalClients
 from fedcanary.engines.privacy_terms import layout
 from fedcanary.privacy import secagg
 from fedcanary.privacy.encode import Encoding

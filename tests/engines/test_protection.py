@@ -82,6 +82,7 @@ def test_panels_of_a_window_are_disjoint_whoever_is_away():
         used: list[int] = []
         protected = object.__new__(Protection)
         protected._study, protected._clients, protected._used, protected._given_up = setup.study, 40, set(), set()
+        protected._drawn = {}
         for round in range(1, 9):
             cohort = protected.cohort(round)
             assert bool(cohort.clients) == (cohort.why_none == "")
@@ -209,8 +210,8 @@ def cut_after_opening(patch, at):
     """The process goes away when the sums of a round are open and nothing is written yet."""
     close = Gate.close
 
-    def closing(self):
-        found = close(self)
+    def closing(self, masked=None):
+        found = close(self, masked)
         if self._round == at:
             raise Cut
         return found

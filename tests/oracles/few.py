@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from fedcanary import study
+from fedcanary.engines.clients import Clients, Sent
 from fedcanary.engines.consent import Consent
-from fedcanary.engines.local import Sent
 from fedcanary.engines.setup import Setup
 from fedcanary.engines.slices import values_of
 from fedcanary.models import adapters, base
@@ -142,7 +142,7 @@ def bare(clients: int, tables: Mapping[str, Any] | None = None) -> Setup:
     )
 
 
-class MadeUp:
+class MadeUp(Clients):
     """In place of `engines.local.LocalClients`: each asks its real policy and ledger, says something, and seals it."""
 
     def __init__(self, setup: Setup, folder: Path, tap: object = None) -> None:

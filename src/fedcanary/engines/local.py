@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fedcanary.engines import guard, privacy_terms, slices, store
+from fedcanary.engines.clients import Clients, Sent
 from fedcanary.engines.consent import Consent
 from fedcanary.engines.plan import plan_of
 from fedcanary.engines.reference import base_probabilities
@@ -34,7 +35,7 @@ from fedcanary.personalize.base import Trained
 from fedcanary.personalize.fit import Recipe, fit
 from fedcanary.personalize.private_fit import fit_private
 from fedcanary.privacy.contract import Request
-from fedcanary.privacy.seal import Message, Sealed, Terms, seal, seal_update
+from fedcanary.privacy.seal import Message, Terms, seal, seal_update
 from fedcanary.probes.base import Answers, ClientView, OwnProbe, Probe, relevant
 from fedcanary.probes.slices import SLICES
 from fedcanary.rng import derive, stream
@@ -65,16 +66,7 @@ class _Recent:
         return self._values[key]  # type: ignore[return-value]
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """One client's part in a round: what it sealed; None if its training failed, or if it refused, with the reasons."""
-
-    client: int
-    vector: Sealed | None
-    refused: Sequence[str] = ()
-
-
-class LocalClients:
+class LocalClients(Clients):
     """All the clients that this process plays."""
 
     def __init__(self, setup: Setup, folder: Path, tap: Tap | None = None) -> None:
@@ -103,7 +95,7 @@ class LocalClients:
         self._guard = guard.Guard.of(setup, plan_of(setup, self.base_answers)) if self._study.guard else None
 
     def base_answers(self, role: Role) -> tuple[tuple[Item, ...], Array]:
-        """The base's choice probabilities (n, C) on a role's public items: public, the same for everyone."""
+        """From the readings that are kept on disk, if they are."""
         start, stop = self._slices().get(role, (0, 0))
         return self._items[start:stop], self._base_public[start:stop]
 
@@ -116,11 +108,7 @@ class LocalClients:
         line: Container[int] | None = None,
         trainers: Sequence[int] = (),
     ) -> Iterator[list[Sent]]:
-        """One round of those in `cohort` who do not refuse the request, in stacks; yields what each client sealed.
-
-        `trainers` are asked for an update alone, and read nothing. `line` are the rounds that led to `shared`, if not
-        all before: what is private goes on from the last of them.
-        """
+        """In stacks; yields what each client sealed."""
         round = request.round
         line = range(round) if line is None else line
         if not request.probes:  # then nobody answers, whoever was drawn for that: it would not be paid for

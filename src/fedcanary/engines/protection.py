@@ -45,12 +45,15 @@ class Protection:
         Refused: the ledger was changed or rolled back.
     """
 
-    def __init__(self, setup: Setup, record: RunRecord) -> None:
+    def __init__(self, setup: Setup, record: RunRecord, remembered: bool = False) -> None:
+        """`remembered`: a round begun again gets from its clients what they said before, to the byte."""
         privacy_terms.check(setup)
+        self._remembered = remembered and setup.study.privacy.trust != "central"  # whose noise is the server's
         self._study, self._layout, self._probes = setup.study, privacy_terms.layout(setup), setup.probes
         self._record, self._run = record, setup.study.digest
         self._clients = len(setup.population)
         self._used: set[int] = set()
+        self._drawn: dict[int, Cohort] = {}
         self._given_up: set[int] = set()
         masked = setup.study.privacy.trust == "secure_aggregation"
         self._registration = secagg.register(range(self._clients)) if masked else None
@@ -68,7 +71,7 @@ class Protection:
         if self._record.rounds:
             last = self._record.rounds
             self.settle(last, released=bool(self._record.releases()[last]))
-        if self._study.privacy.noise == "system":
+        if self._study.privacy.noise == "system" and not self._remembered:
             # A round that was paid for may have been seen. Fresh noise would be a second look: its budget is lost.
             for row in self._rows():
                 if row.charge.round > self._record.rounds:
@@ -83,7 +86,12 @@ class Protection:
             self._ledger.close()
 
     def cohort(self, round: int) -> Cohort:
-        """Who trains and answers. Under rotating panels they are used up; ask once for each round, in order."""
+        """Who trains and answers. Under rotating panels they are used up: ask for the rounds in order."""
+        if round not in self._drawn:
+            self._drawn[round] = self._draw(round)
+        return self._drawn[round]
+
+    def _draw(self, round: int) -> Cohort:
         study, privacy = self._study, self._study.privacy
         there = panel.available(study.seed, round, self._clients, study.clients.available)
         if not privacy.rotates:

@@ -24,7 +24,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -33,6 +33,7 @@ from fedcanary.errors import FedcanaryError
 from fedcanary.privacy import secagg
 from fedcanary.privacy.encode import UNIT, Encoding, Integers, Sums
 from fedcanary.privacy.seal import (
+    BITS,
     FIXED,
     RANGE,
     READINGS,
@@ -49,9 +50,21 @@ from fedcanary.privacy.seal import (
 )
 from fedcanary.types import Array, Coord, Release
 
+Paying = Callable[[Collection[int]], None]  # told of the survivors before anything can be read
 Registration = tuple[secagg.Registry, Mapping[int, Ed25519PrivateKey]]  # the list, and each simulated client's own key
-BITS = 64  # entries are below 2^44, their noise far below 2^60: sums over 2^17 clients do not wrap
 ROOM: Final = int(2.0**63 / (RANGE * FIXED))  # clients whose sum cannot wrap, whatever they say within their bounds
+
+
+class Masked(Protocol):
+    """What clients have masked by themselves, where the server has no vector of theirs: the end of secure aggregation.
+
+    `length` is that of each vector.
+    """
+
+    length: int
+
+    def open(self, pay: Paying) -> secagg.Outcome:
+        """The survivors' sum; calls `pay` with them before it asks anybody to unmask. Raises secagg.Aborted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,15 +196,19 @@ class Gate:
         if self.terms.trust != "none" and len(self._seen) > ROOM:
             self._wrapped |= bool((np.abs(rows.sum(axis=0, dtype=np.float64) - self._total) > 2.0**62).any())
 
-    def close(self) -> dict[str, Release]:
+    def close(self, masked: Masked | None = None) -> dict[str, Release]:
         """Write the charges, then open the sums: a release for each probe and one for the update.
 
         Empty if nobody sent anything, or too few did; the latter is charged all the same. A gate closes once: a second
-        look at the same sums would be a second release.
+        look at the same sums would be a second release. `masked` is where the clients' vectors are if they never came
+        here.
         """
         if self._closed:
             raise FedcanaryError(f"round {self._round} was released before")
         self._closed = True
+        if masked is not None:
+            self._size = masked.length
+            return self._unmasked(masked.open)
         count, total = self._answered(self._seen), self._total
         if not self._seen:
             return {}
@@ -202,7 +219,7 @@ class Gate:
             self._abort("the sum of the updates is too large for 64 bits: let clients weigh less")
             return {}
         if total is None:
-            return self._masked()
+            return self._unmasked(self._together)
         self._pay(count)
         if self.terms.trust == "none":
             return self._plain(total)
@@ -213,7 +230,7 @@ class Gate:
         if not self._charges:
             self._pay(self.terms.floor)
 
-    def _masked(self) -> dict[str, Release]:
+    def _unmasked(self, aggregate: Callable[[Paying], secagg.Outcome]) -> dict[str, Release]:
         def pay(survivors: Collection[int]) -> None:
             count = self._answered(survivors)
             if count < self.terms.floor:
@@ -221,21 +238,29 @@ class Gate:
             self._pay(count)
 
         try:
-            outcome = secagg.aggregate(
-                self._sealed,
-                BITS,
-                round_id=f"{self._run} {self._round} {secrets.token_hex(8)}",  # a round begun again is another
-                minimum=max(self.terms.floor, 2),
-                tolerated=self.terms.dropouts,
-                registry=None if self._registration is None else self._registration[0],
-                identities=None if self._registration is None else self._registration[1],
-                before_unmasking=pay,
-            )
+            outcome = aggregate(pay)
         except secagg.Aborted as error:
-            self._abort(str(error))
+            if error.step in (secagg.Step.ADVERTISE, secagg.Step.SHARE):  # before anybody was asked for its vector
+                self.aborted = str(error)
+            else:
+                self._abort(str(error))
             return {}
         self.refused.update(outcome.refused)
         return self._open(outcome.signed, self._answered(outcome.survivors))
+
+    def _together(self, pay: Paying) -> secagg.Outcome:
+        """The whole protocol over what was put, all clients played here."""
+        registry, identities = self._registration or (None, None)
+        return secagg.aggregate(
+            self._sealed,
+            BITS,
+            round_id=f"{self._run} {self._round} {secrets.token_hex(8)}",  # a round begun again is another
+            minimum=self.terms.minimum,
+            tolerated=self.terms.dropouts,
+            registry=registry,
+            identities=identities,
+            before_unmasking=pay,
+        )
 
     def _noised(self, total: Integers) -> Integers:
         """What the server adds under trust `central`."""

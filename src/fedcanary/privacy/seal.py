@@ -39,6 +39,7 @@ Layout = Mapping[str, Sequence[Coord]]
 UPDATE = "update"  # the adapter update's name among the releases
 READINGS = "readings"
 TRAINING = "training"  # the charge that update and exact readings are post-processing of
+BITS: Final = 64  # entries are below 2^44, their noise far below 2^60: sums over 2^17 clients do not wrap
 FIXED: Final = 2.0**32  # what 1 is in a sealed update
 RANGE: Final = 2.0**12  # a weighted change beyond it is refused; a sum over 2^17 clients stays inside 63 bits
 
@@ -85,6 +86,17 @@ class Terms:
     def exactly(self, layout: Layout) -> dict[str, tuple[Coord, ...]]:
         """The part that leaves without noise, as post-processing."""
         return {name: tuple(coords) for name, coords in layout.items() if name in self.exact}
+
+    @property
+    def minimum(self) -> int:
+        """Clients that secure aggregation must be left with: a sum over one vector is that vector."""
+        return max(self.floor, 2)
+
+    def length(self, layout: Layout, shared: int) -> int:
+        """Entries of a sealed vector, with an update of so many numbers and its weight."""
+        exact = layout if self.trust == "none" else self.exactly(layout)
+        said = 0 if self.trust == "none" else Encoding(self.bounded(layout)).size
+        return said + sum(map(len, exact.values())) + shared + 1
 
     @property
     def readings_std(self) -> float:
