@@ -172,8 +172,8 @@ def set_hooks(point: str, at: int, events: int) -> None:
         hit("unmasked", now)
         return total
 
-    def closing(self):
-        found = close(self)
+    def closing(self, masked=None):
+        found = close(self, masked)
         for release in found.values():
             content = digest_of(release.total)
             tell(events, kind="opened", id=release.charge_id, probe=release.probe, round=release.round, digest=content)

@@ -168,8 +168,8 @@ def tap(setup: Setup, out: Path, plant: Callable[[pytest.MonkeyPatch], None] | N
             wire.held |= walk(self)
             return taken
 
-        def closing(self):
-            found = close(self)
+        def closing(self, masked=None):
+            found = close(self, masked)
             kept = {n: v for n, v in vars(self).items() if n not in ("_sealed", "_registration", "_charge")}
             wire.held |= walk(kept) | walk(found)
             return found
