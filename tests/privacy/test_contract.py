@@ -1,4 +1,4 @@
-"""The contract: one text, one digest, nothing hidden by `diff`, and a client that cannot be talked out of it."""
+"""The contract: one text, one digest, and nothing hidden by `check`, `show` or `diff`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import hashlib
 import math
 import random
 import tomllib
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +16,10 @@ from hypothesis import strategies as st
 
 from fedcanary.errors import BadInput
 from fedcanary.privacy.contract import (
-    ClientPolicy,
     Contract,
-    DrillDown,
     Examples,
     Kind,
     Number,
-    Reason,
-    Request,
     Slices,
     Update,
     check,
@@ -33,125 +28,31 @@ from fedcanary.privacy.contract import (
     load_policy,
     numbers,
     parse,
-    refusals,
     show,
-    tally,
 )
 from fedcanary.privacy.contract.check import gaussian_delta
 from fedcanary.privacy.contract.diff import EXAMPLE_RULES, NUMBER_RULES, RULES, SLICE_RULES, UPDATE_RULES
 from fedcanary.privacy.encode import Encoding
-from fedcanary.privacy.ledger import Budget, Ledger
-from fedcanary.types import Coord
-
-LAYOUT = {
-    "alignment_erosion": (
-        Coord(name="refusal", low=-0.25, high=0.25, scale=0.4, purpose="change of refusal"),
-        Coord(name="missing", low=0.0, high=1.0, scale=3.0, purpose="1 if it could not say"),
-        Coord(name="detail", low=0.0, high=1.0, purpose="stays at the client unless nothing is protected"),
-    ),
-    "utility": (Coord(name="gain", low=-1.0, high=1.0, scale=0.5, zero=0.1, purpose="gain"),),
-}
-VERSIONS = {"alignment_erosion": "1", "utility": "2"}
-SENT = numbers(LAYOUT, VERSIONS, "secure_aggregation")
-EXACT = Update(dimension=100, weighting="examples", clip=math.inf, noise=0.0)
-NOISED = Update(dimension=100, weighting="uniform", clip=1.0, noise=30.0)
-
-
-def put(contract: Contract, **changes: Any) -> Contract:
-    """A copy with other fields, built and checked anew."""
-    return Contract(**{**{name: getattr(contract, name) for name in Contract.model_fields}, **changes})
-
-
-def each(change: Any, only: str = "") -> tuple[Number, ...]:
-    """The numbers, with fields changed in those of one name, or in all."""
-    return tuple(Number(**{**n.model_dump(), **change}) if n.coord == (only or n.coord) else n for n in SENT)
-
-
-BASE = Contract(
-    title="a study",
-    study="s0",
-    model="m0",
-    suites=("safety 1 d0",),
-    trust="secure_aggregation",
-    unit="client",
-    neighbours="zeroed",
-    mechanism="discrete_gaussian",
-    noise_source="system",
-    noise_multiplier=4.225,
-    norm=1.0,
-    epsilon_per_panel=1.0,
-    epsilon_per_window=1.0,
-    delta=1e-6,
-    panel="rotating",
-    rounds=12,
-    population=10_000,
-    min_cohort=200,
-    dropouts=0.3,
-    retention="releases stay in the run's record; messages are not kept",
-    numbers=SENT,
-)
-SAME = put(BASE, panel="same", epsilon_per_window=4.2)
-LOCAL = put(BASE, trust="local", neighbours="substituted", epsilon_per_panel=2.2, epsilon_per_window=2.2)
-WITH_EXACT, WITH_NOISED = put(BASE, updates=EXACT), put(BASE, updates=NOISED, noise_multiplier=4.3)
-NONE = put(
+from oracles.agreed import (
     BASE,
-    trust="none",
-    mechanism="none",
-    noise_multiplier=0.0,
-    norm=math.inf,
-    epsilon_per_panel=math.inf,
-    epsilon_per_window=math.inf,
-    delta=0.0,
-    numbers=numbers(LAYOUT, VERSIONS, "none"),
+    BY_EXAMPLE,
+    CONTRACTS,
+    EXACT,
+    LAYOUT,
+    LOCAL,
+    NOISED,
+    NONE,
+    SAME,
+    SENT,
+    SLICED,
+    VERSIONS,
+    WITH_EXACT,
+    WITH_NOISED,
+    each,
+    put,
+    sliced,
+    trained,
 )
-
-# Examples are the unit: noised numbers of the clients' own items, exact ones of public items, training that pays.
-BY_EXAMPLE = put(
-    BASE,
-    unit="example",
-    population=12,
-    min_cohort=2,
-    noise_multiplier=1.0,
-    epsilon_per_panel=3.8,
-    epsilon_per_window=3.8,
-    updates=Update(dimension=100, weighting="uniform", clip=math.inf, noise=0.0),
-    examples=Examples(
-        noise=1.0,
-        clip=1.0,
-        sample_rate=0.1,
-        steps=10,
-        min_held_out=20,
-        exact=("alignment_erosion",),
-        domains="hidden",
-    ),
-    numbers=numbers(
-        LAYOUT, VERSIONS, "secure_aggregation", exact=("alignment_erosion",), reaches={"utility": {"gain": 1.0}}
-    ),
-)
-
-
-# Drill-downs: three numbers of one slice, and what the contract says of them.
-SLICE = (
-    Coord(name="difference:region=north", low=-0.25, high=0.25, scale=0.4, purpose="only in a drill-down"),
-    Coord(name="clients:region=north", low=0.0, high=1.0, scale=2.5, purpose="only in a drill-down"),
-)
-SLICED = put(
-    BASE,
-    slices=Slices(probe="slices", attributes=("region",), floor=200, rounds=3, lost_least=0.07, lost_most=0.21),
-    numbers=numbers({**LAYOUT, "slices": SLICE}, {**VERSIONS, "slices": "1"}, "secure_aggregation"),
-)
-DRILL = DrillDown(probe="alignment_erosion", coord="refusal", kind="mean", sign=-1)
-
-
-def sliced(**changes: Any) -> Slices:
-    """How slices are asked for, changed."""
-    return Slices(**{**SLICED.slices.model_dump(), **changes})
-
-
-def trained(**changes: Any) -> Examples:
-    """How clients train, changed."""
-    return Examples(**{**BY_EXAMPLE.examples.model_dump(), **changes})
-
 
 # The text and the digest
 
@@ -208,29 +109,6 @@ def test_the_golden_text_and_its_digest():
     assert check(contract) == []
 
 
-def values(hint: Any) -> st.SearchStrategy[Any]:
-    """What a field of this type may be given; its constraints may still refuse some."""
-    if get_origin(hint) is Annotated:
-        return values(get_args(hint)[0])
-    if get_origin(hint) in (UnionType, Union):
-        return st.one_of(*(values(option) for option in get_args(hint)))
-    if get_origin(hint) is Literal:
-        return st.sampled_from(get_args(hint))
-    if get_origin(hint) is tuple:
-        return st.lists(values(get_args(hint)[0]), min_size=1, max_size=2).map(tuple)
-    if hint in (Number, Update, Examples, Slices):
-        hints = get_type_hints(hint, include_extras=True)
-        return st.builds(hint, **{name: values(hints[name]) for name in hint.model_fields})
-    text = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=6)
-    floats = st.floats(0.0, 0.9, exclude_min=True) | st.sampled_from([1e-300, 0.5])
-    return {str: text, NoneType: st.none(), float: floats}.get(hint, st.integers(1, 2**63 - 1))
-
-
-HINTS = get_type_hints(Contract, include_extras=True)
-CONTRACTS = st.builds(Contract, **{name: values(HINTS[name]) for name in Contract.model_fields})
-CHANGES = st.sampled_from(sorted(HINTS.keys() & Contract.model_fields.keys())).flatmap(
-    lambda name: values(HINTS[name]).map(lambda value: {name: value})
-)
 FAST = settings(max_examples=60, deadline=None)
 
 
@@ -522,203 +400,3 @@ def test_a_missing_or_binary_file_is_bad_input(tmp_path):
         for name in ("a", "b"):
             with pytest.raises(BadInput):
                 read(tmp_path / name)
-
-
-# The client
-
-
-ALL = ("alignment_erosion", "utility")
-ASK = {"contract": BASE.digest, "round": 1, "probes": ALL, "update": False, "cohort": 200}
-
-
-def asked_for(contract: Contract, asked: Any, own: Any, **known: Any) -> set[Reason]:
-    """Why a client with this policy refuses; `known` is what it knows itself, where that is not the usual."""
-    request = {**ASK, "contract": contract.digest, **asked}
-    known = {"sends": SENT, "spent": (0.0, 0.0), "answered": 0, **known}
-    found = refusals(contract, ClientPolicy(**own), request, **known)
-    assert all(": " in refusal.sentence for refusal in found), "each sentence carries its remedy"
-    assert len({refusal.reason for refusal in found}) == len(found)
-    return {refusal.reason for refusal in found}
-
-
-ANSWERED = [
-    (BASE, {}, {}, {}),
-    (BASE, {"round": 12}, {"contract": BASE.digest}, {}),
-    (BASE, {}, {"max_epsilon": 1.0, "max_delta": 1e-6, "min_cohort": 200}, {}),
-    (BASE, {}, {"max_epsilon": 1.3}, {"spent": (0.1 + 0.2, 0.0)}),  # 0.30000000000000004
-    (SAME, {}, {"max_epsilon": 4.2}, {"spent": (4.2, 1e-6), "answered": 11}),  # the window was paid for at first
-    (WITH_EXACT, {"update": True}, {"updates_without_noise": True}, {}),
-    (WITH_NOISED, {"update": True}, {"max_epsilon": 1.0}, {}),
-    (NONE, {}, {"trusts": ("none",)}, {"sends": NONE.numbers}),
-    (put(BASE, noise_source="simulated"), {}, {"simulated_noise": True}, {}),
-    (BY_EXAMPLE, {"update": True}, {"units": ("example",)}, {"sends": BY_EXAMPLE.numbers}),
-    (put(BASE, numbers=each({"readers": ("auditor",)})), {}, {}, {}),  # who reads is the contract's to say
-    (SLICED, {"drill_down": DRILL}, {}, {"sends": SLICED.numbers}),
-    (SLICED, {}, {"slices": False}, {"sends": SLICED.numbers}),
-    (SLICED, {"drill_down": {**DRILL.model_dump(), "coord": "missing", "kind": "share"}}, {}, {}),
-]
-
-
-@pytest.mark.parametrize(("contract", "asked", "own", "known"), ANSWERED)
-def test_what_is_allowed_is_answered(contract, asked, own, known):
-    assert asked_for(contract, asked, own, **known) == set()
-
-
-CHEAP = put(BASE, noise_multiplier=0.5)  # says epsilon 1, costs far more
-REFUSED = [
-    (BASE, {"contract": "0" * 64}, {}, {}, {Reason.OTHER_CONTRACT}),
-    (BASE, {}, {"contract": "0" * 64}, {}, {Reason.NOT_PINNED}),
-    (CHEAP, {}, {"contract": CHEAP.digest}, {}, {Reason.UNSOUND}),
-    (BASE, {"probes": ("salary",)}, {}, {}, {Reason.PROBE}),
-    (BASE, {"probes": ("message",)}, {}, {}, {Reason.PROBE}),
-    (BASE, {}, {"forbidden_probes": ("utility",)}, {}, {Reason.FORBIDDEN}),
-    (BASE, {"update": True}, {}, {}, {Reason.UPDATE}),
-    (BASE, {"probes": ()}, {}, {}, {Reason.APART}),
-    (WITH_EXACT, {"update": True}, {}, {}, {Reason.UPDATE_NOISE}),
-    (BASE, {"round": 13}, {}, {}, {Reason.ROUND}),
-    (BASE, {"cohort": 199}, {}, {}, {Reason.FLOOR}),
-    (BASE, {}, {"min_cohort": 201}, {}, {Reason.OWN_COHORT}),
-    (BASE, {}, {"trusts": ("local",)}, {}, {Reason.OWN_TRUST}),
-    (NONE, {}, {}, {"sends": NONE.numbers}, {Reason.OWN_TRUST}),
-    (NONE, {}, {"trusts": ("none",), "max_epsilon": 8.0}, {"sends": NONE.numbers}, {Reason.OWN_EPSILON}),
-    (BY_EXAMPLE, {"update": True}, {}, {"sends": BY_EXAMPLE.numbers}, {Reason.OWN_UNIT}),
-    (put(BASE, noise_source="simulated"), {}, {}, {}, {Reason.SIMULATED}),
-    (BASE, {}, {"max_epsilon": 0.999}, {}, {Reason.OWN_EPSILON}),
-    (BASE, {}, {"max_delta": 0.9e-6}, {}, {Reason.OWN_DELTA}),
-    (BASE, {}, {"max_epsilon": 1.5}, {"spent": (0.51, 0.0)}, {Reason.OWN_EPSILON}),  # another contract's share
-    (SAME, {}, {"max_epsilon": 4.1}, {}, {Reason.OWN_EPSILON}),  # one panel would fit, the window does not
-    (BASE, {}, {}, {"spent": (math.nan, 0.0)}, {Reason.OWN_EPSILON}),
-    (BASE, {}, {"max_epsilon": 1.0}, {"spent": (-1.0, 0.0)}, {Reason.OWN_EPSILON}),
-    (BASE, {}, {}, {"answered": 1}, {Reason.ANSWERED}),  # a rotating client, whatever round it is told this is
-    (SAME, {}, {}, {"answered": 12}, {Reason.ANSWERED}),
-    (BASE, {}, {}, {"sends": NONE.numbers}, {Reason.UNLISTED}),  # details, unbounded, that the contract leaves out
-    (BASE, {}, {}, {"sends": each({"high": 1.0}, "refusal")}, {Reason.UNLISTED}),
-    (BASE, {}, {}, {"sends": each({"version": "2"})}, {Reason.UNLISTED}),
-    (SLICED, {"drill_down": DRILL}, {"slices": False}, {"sends": SLICED.numbers}, {Reason.OWN_SLICES}),
-    (BASE, {"drill_down": DRILL}, {}, {}, {Reason.DRILL_DOWN}),  # no slices in that contract
-    (SLICED, {"drill_down": {**DRILL.model_dump(), "coord": "tone"}}, {}, {}, {Reason.DRILL_DOWN}),
-    (SLICED, {"drill_down": {**DRILL.model_dump(), "kind": "share"}}, {}, {}, {Reason.DRILL_DOWN}),
-    (SLICED, {"drill_down": {**DRILL.model_dump(), "probe": "utility", "coord": "gain"}}, {}, {}, {Reason.DRILL_DOWN}),
-    (
-        SLICED,
-        {"drill_down": {"probe": "slices", "coord": "difference:region=north", "kind": "mean", "sign": 1}},
-        {},
-        {},
-        {Reason.DRILL_DOWN},
-    ),
-    (
-        BY_EXAMPLE,
-        {},
-        {"units": ("example",)},
-        {"sends": BY_EXAMPLE.numbers, "trains": trained(noise=0.3)},
-        {Reason.TRAINING},
-    ),
-    (
-        BASE,
-        {"cohort": 3, "probes": ("utility", "x", "y"), "update": True},
-        {"forbidden_probes": ("utility",), "trusts": ("local",)},
-        {},
-        {Reason.PROBE, Reason.FORBIDDEN, Reason.UPDATE, Reason.FLOOR, Reason.OWN_TRUST},
-    ),
-]
-
-
-@pytest.mark.parametrize(("contract", "asked", "own", "known", "expected"), REFUSED)
-def test_what_is_refused_and_why(contract, asked, own, known, expected):
-    assert asked_for(contract, asked, own, **known) == expected
-
-
-@FAST
-@given(CHANGES)
-def test_no_change_at_all_passes_a_pin(change):
-    other = put(BASE, **change)
-    if other.text != BASE.text:
-        assert other.digest != BASE.digest and diff(BASE, other).changes
-        assert Reason.NOT_PINNED in asked_for(other, {}, {"contract": BASE.digest})
-        assert asked_for(BASE, {"contract": other.digest}, {"contract": BASE.digest}) == {Reason.OTHER_CONTRACT}
-
-
-JUNK = st.one_of(
-    *(st.none(), st.binary(max_size=3), st.floats(), st.just(10**5_000), st.just("\x1b[2K"), st.integers(max_value=0)),
-    *(st.lists(st.integers(), min_size=1, max_size=2), st.just(np.float64("nan")), st.just(["a" * 10_000] * 9)),
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.sampled_from([*ASK, "price"]), JUNK)
-def test_a_hostile_request_neither_crashes_a_client_nor_passes_nor_floods_its_record(name, value):
-    """Whatever is put in one field: refused, unless it means what the contract allows anyway."""
-    found = refusals(BASE, ClientPolicy(), {**ASK, name: value}, sends=SENT, spent=(0.0, 0.0), answered=0)
-    try:
-        same = Request(**{**ASK, name: value})
-    except ValueError:
-        assert {refusal.reason for refusal in found} == {Reason.MALFORMED}
-    else:
-        allowed = same.contract == BASE.digest and set(same.probes) <= set(ALL) and not same.update
-        assert bool(found) != (allowed and same.round <= 12 and same.cohort >= 200)
-    assert all(refusal.sentence.isprintable() and len(refusal.sentence) < 400 for refusal in found)
-
-
-@pytest.mark.parametrize("junk", [None, 3, "x", [], {}, {1: 2}, {"\x1b" * 999: 1}])
-def test_what_is_no_request_at_all_is_refused(junk):
-    found = refusals(BASE, ClientPolicy(), junk, sends=SENT, spent=(0.0, 0.0), answered=0)
-    assert [refusal.reason for refusal in found] == [Reason.MALFORMED]
-
-
-@FAST
-@given(
-    st.sampled_from([BASE, SAME, LOCAL]),
-    st.sampled_from([1.0, 2.2, 4.2, 6.0]),
-    st.lists(st.tuples(st.integers(1, 14), st.integers(150, 400)), max_size=40),
-)
-def test_no_sequence_of_requests_gets_more_than_the_contract_and_the_policy_allow(contract, most, asks):
-    """A server that asks what it likes, against a client that answers whatever it does not refuse."""
-    policy, spent, answered = ClientPolicy(contract=contract.digest, max_epsilon=most), 0.0, 0
-    for round, cohort in asks:
-        request = {**ASK, "contract": contract.digest, "round": round, "cohort": cohort}
-        known = {"sends": SENT, "spent": (spent, contract.delta * min(answered, 1)), "answered": answered}
-        if not refusals(contract, policy, request, **known):
-            spent += 0.0 if answered else contract.epsilon_per_window
-            answered += 1
-    assert answered <= (12 if contract.panel == "same" else 1)
-    assert spent <= min(most, contract.epsilon_per_window)
-    assert (spent > 0) == (answered > 0)
-
-
-# The policy file, and the two records of a refusal
-
-
-def test_a_policy_file_is_read_and_its_mistakes_are_listed_together(tmp_path):
-    path = tmp_path / "policy.toml"
-    path.write_text("", "utf-8")
-    assert load_policy(path) == ClientPolicy()
-    path.write_text(f'contract = "{BASE.digest}"\nmax_epsilon = 2\nforbidden_probes = ["utility"]', "utf-8")
-    expected = ClientPolicy(contract=BASE.digest, max_epsilon=2.0, forbidden_probes=("utility",))
-    assert load_policy(path, known=BASE.probes) == expected
-    path.write_text('forbidden_probes = ["utilty"]', "utf-8")
-    with pytest.raises(BadInput, match="did you mean 'utility'"):
-        load_policy(path, known=BASE.probes)
-    path.write_text(
-        'contract = "abc"\nmax_epsilon = nan\nmax_delta = 2\nmin_cohort = 1\ntrusts = ["locl"]\nunits = []\n'
-        'updates_without_noise = "perhaps"\nmax_epsilo = 3\n',
-        "utf-8",
-    )
-    with pytest.raises(BadInput) as caught:
-        load_policy(path)
-    found = {problem.where.rpartition(": ")[2] for problem in caught.value.problems}
-    assert found >= {
-        *("contract", "max_epsilon", "max_delta", "min_cohort", "trusts.0", "units"),
-        *("updates_without_noise", "max_epsilo"),
-    }
-
-
-def test_a_refusal_is_recorded_by_the_client_and_counted_by_the_server_without_a_name(tmp_path):
-    with Ledger.open(tmp_path / "l.sqlite", owner="client-17", budget=Budget(epsilon=1.0, delta=1e-6)) as ledger:
-        for reason in Reason:
-            ledger.note_refusal(reason)
-        assert ledger.refusals() == {str(reason): 1 for reason in Reason}
-    assert tally([Reason.FLOOR, "trust_not_accepted", Reason.FLOOR, "client-17: Alice", "\x1b[2K"]) == {
-        "cohort_below_floor": 2,
-        "other": 2,
-        "trust_not_accepted": 1,
-    }

@@ -24,6 +24,9 @@ shares of b_i and of the seed of i's masking key. What keeps x_i hidden from who
                   can be cut out of the graph and summed alone
     no inventions keys count only when signed by a key of the registration list
 
+Where each message is another process's to answer, a client lives on as bytes (`Client.to_bytes`, `Client.from_bytes`);
+the rule that goes with it is in `keep`.
+
 Not covered: a client that lies about its vector, and who is on the registration list. Whether a message came from
 the client it names is the transport's to know (`sender` of `Server.collect`).
 """

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import astuple, dataclass, replace
+from typing import Self, TypeVar
 
+import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -28,6 +31,7 @@ from fedcanary.privacy.secagg.crypto import (
     verified,
 )
 from fedcanary.privacy.secagg.integers import Field, check_capacity, decode_signed
+from fedcanary.privacy.secagg.keep import pack_rows, seal, unpack_rows, unseal
 from fedcanary.privacy.secagg.messages import (
     Advert,
     Agreement,
@@ -41,22 +45,26 @@ from fedcanary.privacy.secagg.messages import (
     Survivors,
     Unmasking,
     decode,
+    pack_ids,
     statement,
     unpack_ids,
 )
-from fedcanary.privacy.secagg.session import open_session
+from fedcanary.privacy.secagg.session import Session, open_session
 from fedcanary.privacy.secagg.terms import Refusal, Registry, Step, Terms
 
 Randomness = Callable[[int], bytes]
 T = TypeVar("T")
 NEXT = dict(zip(Step, [*list(Step)[1:], None], strict=True))
+# bytes of a client's secrets that are still needed: its own mask's seed, the masking key's seed, the sealing key
+SECRETS = {Step.ADVERTISE: 64, Step.SHARE: 64, Step.MASK: 32, Step.AGREE: 16, Step.UNMASK: 16, None: 0}
+CHANNEL = struct.Struct("32s32s16s16s")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Channel:
-    """What two neighbours share and nobody else knows: a sealing key and an ack for each direction."""
+    """What a client keeps of a neighbour: its public masking key; the key that opens its share; an ack each way."""
 
-    seal: bytes
+    mask_key: bytes
     open: bytes
     say: bytes
     hear: bytes
@@ -72,10 +80,11 @@ def check_advert(advert: Message, client: int, registry: Registry, terms: Terms)
 
 
 class Client:
-    """One client of one round. Each method may be called once, in order; after a `Refusal` none may.
+    """One client of one round. Each step's method may be called once, in order; after a `Refusal` none may.
 
     `refused` counts what it dropped by reason. `randomness` is the operating system's unless a simulation says
-    otherwise.
+    otherwise. Between two steps the client may go through `to_bytes` and `from_bytes`: it then answers as it would
+    have, and refuses as it would have.
     """
 
     def __init__(
@@ -93,9 +102,58 @@ class Client:
         self.refused: Counter[str] = Counter()
         self._identity, self._registry, self._terms = identity, registry, terms
         self._next: Step | None = Step.ADVERTISE
-        self._key_seed, self._self_seed = randomness(shamir.SEED), randomness(shamir.SEED)
+        self._self_seed, self._key_seed = randomness(shamir.SEED), randomness(shamir.SEED)
         self._mask_key = mask_secret(self._key_seed, terms.digest)
         self._seal_key = X25519PrivateKey.from_private_bytes(randomness(32))
+        self._session: Session
+        self._channels: dict[int, Channel] = {}
+        self._held: dict[int, bytes] = {}  # both shares of each neighbour whose message opened
+        self._survivors: set[int] = set()
+        self._mutual: set[int] = set()  # surviving neighbours that have shown that they masked with this client
+
+    def to_bytes(self) -> bytes:
+        """The state after the latest step, to be on the disk before that step's answer leaves: see `keep`."""
+        secrets = self._self_seed + self._key_seed + self._seal_key.private_bytes_raw()
+        parts = [
+            pack_ids([self.client]),
+            (self._next or "").encode(),
+            json.dumps(self.refused, sort_keys=True).encode(),
+            secrets[: SECRETS[self._next]],
+        ]
+        if self._next is not None and self._channels:
+            ids = self._session.ids
+            parts += [
+                ids.astype("<u4").tobytes(),
+                pack_rows({peer: CHANNEL.pack(*astuple(channel)) for peer, channel in self._channels.items()}),
+                pack_rows(self._held),
+                np.packbits(np.isin(ids, list(self._survivors))).tobytes(),
+                pack_ids(sorted(self._mutual)),
+            ]
+        return seal(parts, self._identity, self._registry, self._terms)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, identity: Ed25519PrivateKey, registry: Registry, terms: Terms) -> Self:
+        """The client that `to_bytes` wrote.
+
+        Raises:
+            Refusal: cut or altered bytes; another identity, registration list, terms or version (`bad_state`).
+        """
+        number, step, refused, secrets, *met = unseal(data, identity, registry, terms)
+        drawn = io.BytesIO(secrets.ljust(64, b"\0"))  # zeros for those that no step needs any more
+        self = cls(int.from_bytes(number, "little"), identity, registry, terms, randomness=drawn.read)
+        self._next = Step(step.decode()) if step else None
+        self.refused.update(json.loads(refused))
+        if met:
+            roster, channels, held, survivors, mutual = met
+            self._session = session = open_session(terms, roster)
+            self._channels = {
+                p: Channel(*CHANNEL.unpack(row)) for p, row in unpack_rows(channels, CHANNEL.size).items()
+            }
+            self._held = unpack_rows(held, 2 * shamir.SEED)
+            inside = np.unpackbits(np.frombuffer(survivors, np.uint8), count=len(session.ids)).astype(bool)
+            self._survivors = set(session.ids[inside].tolist())
+            self._mutual = set(np.frombuffer(mutual, "<u4").tolist())
+        return self
 
     def advertise(self) -> Advert:
         """Step 0: fresh public keys, signed."""
@@ -118,7 +176,7 @@ class Client:
                 the minimum or of more than can be summed without overflow; an advert missing, too many, or not signed
                 by its client.
         """
-        self._enter(Step.SHARE, roster, self._terms.digest)
+        self._enter(Step.SHARE, roster)
         terms = self._terms
         ids = unpack_ids(roster.ids, self._registry.ids, "bad_roster")
         if len(ids) < terms.minimum or self.client not in ids:
@@ -129,32 +187,28 @@ class Client:
             except BadInput as bad:
                 raise Refusal("overflow", str(bad)) from None
         self._session = session = open_session(terms, roster.ids)
-        self._neighbours = session.neighbours(self.client)
-        if tuple(peer for peer, _ in roster.adverts) != self._neighbours:
+        if tuple(peer for peer, _ in roster.adverts) != session.neighbours(self.client):
             raise Refusal("bad_roster", "not the adverts of this client's neighbours")
         adverts = {peer: check_advert(decode(data), peer, self._registry, terms) for peer, data in roster.adverts}
-        self._mask_keys = {peer: advert.mask_key for peer, advert in adverts.items()}
-        self._channels = {
-            peer: self._channel(exchange(self._seal_key, advert.seal_key), peer) for peer, advert in adverts.items()
-        }
-        sealed = tuple(
-            (peer, ChaCha20Poly1305(self._channels[peer].seal).encrypt(NONCE, pair, self._context(self.client, peer)))
-            for peer, pair in zip(self._neighbours, self._make_shares(), strict=True)
-        )
-        return self._done(Step.SHARE, Shares(session=session.digest, client=self.client, sealed=sealed))
+        self._channels, sealed = {}, []
+        for (peer, advert), pair in zip(adverts.items(), self._make_shares(), strict=True):
+            key, self._channels[peer] = self._channel(peer, advert)
+            sealed.append((peer, ChaCha20Poly1305(key).encrypt(NONCE, pair, self._context(self.client, peer))))
+        return self._done(Step.SHARE, Shares(session=session.digest, client=self.client, sealed=tuple(sealed)))
 
     def _make_shares(self) -> list[bytes]:
         """For each neighbour, its share of the key's seed and its share of the own mask's seed."""
-        threshold, holders = self._session.threshold, len(self._neighbours)
+        threshold, holders = self._session.threshold, len(self._session.offsets)
         both = (shamir.share(seed, threshold, holders) for seed in (self._key_seed, self._self_seed))
         return [key + own for key, own in zip(*both, strict=True)]
 
-    def _channel(self, secret: bytes, peer: int) -> Channel:
-        """What the seal keys give; the round's contract and roster are in the salt."""
+    def _channel(self, peer: int, advert: Advert) -> tuple[bytes, Channel]:
+        """The key that seals for this neighbour, and what is kept; the round's contract and roster are in the salt."""
         low, high = sorted((self.client, peer))
+        secret = exchange(self._seal_key, advert.seal_key)
         keys = derive(secret, self._session.digest, b"channel" + struct.pack("<II", low, high), 96)
         a, b, c, d = keys[:32], keys[32:64], keys[64:80], keys[80:]
-        return Channel(a, b, c, d) if self.client == low else Channel(b, a, d, c)
+        return (a, Channel(advert.mask_key, b, c, d)) if self.client == low else (b, Channel(advert.mask_key, a, d, c))
 
     def _context(self, sender: int, receiver: int) -> bytes:
         return self._session.digest + struct.pack("<II", sender, receiver)
@@ -170,9 +224,9 @@ class Client:
             BadInput: another shape or type, or an entry outside the field or the terms' bound.
             Refusal: another round, or shares from fewer than half of the neighbours.
         """
-        self._enter(Step.MASK, delivery, self._session.digest)
+        self._enter(Step.MASK, delivery)
         self._check_vector(vector)
-        self._held: dict[int, bytes] = {}
+        self._held = {}
         for peer, sealed in delivery.sealed:
             if peer not in self._channels or peer in self._held:
                 self.refused["duplicate" if peer in self._held else "unknown_client"] += 1
@@ -213,7 +267,7 @@ class Client:
         session = self._session.digest
         yield self_key(self._self_seed, session, self.client), 1
         for peer in self._held:
-            key = pair_key(self._mask_key, self._mask_keys[peer], session, self.client, peer)
+            key = pair_key(self._mask_key, self._channels[peer].mask_key, session, self.client, peer)
             yield key, 1 if self.client < peer else -1
 
     def agree(self, survivors: Survivors) -> Agreement:
@@ -226,9 +280,9 @@ class Client:
             Refusal: this client is not among them, they are too few, fewer than half of its neighbours count, or one
                 is a neighbour that it has no mask with (Bonawitz et al. 2017, figure 4: U3 within U2).
         """
-        self._enter(Step.AGREE, survivors, self._session.digest)
+        self._enter(Step.AGREE, survivors)
         self._survivors = ids = unpack_ids(survivors.ids, self._session.ids, "bad_survivors")
-        near = ids.intersection(self._neighbours)
+        near = ids.intersection(self._channels)
         if self.client not in ids or not near <= self._held.keys():
             raise Refusal("bad_survivors", "without this client, or with a neighbour that it has no mask with")
         self._mutual = self._masked_with_me(near, dict(survivors.acks))
@@ -236,8 +290,7 @@ class Client:
             self.refused["no_mutual_mask"] += len(alone)
         if len(ids) < self._session.needed or len(self._mutual) < self._session.near:
             raise Refusal("too_few_survivors", f"{len(ids)}, {len(self._mutual)} of them neighbours")
-        self._statement = statement(self._session.digest, survivors.ids)
-        signature = self._identity.sign(self._statement)
+        signature = self._identity.sign(statement(self._session.digest, survivors.ids))
         return self._done(Step.AGREE, Agreement(session=self._session.digest, client=self.client, signature=signature))
 
     def _masked_with_me(self, near: set[int], acks: Mapping[int, bytes]) -> set[int]:
@@ -249,7 +302,7 @@ class Client:
         Raises:
             Refusal: fewer of the committee than the quorum signed the survivors that this client signed.
         """
-        self._enter(Step.UNMASK, agreements, self._session.digest)
+        self._enter(Step.UNMASK, agreements)
         self._check_quorum(agreements.signatures)
         size = shamir.SEED
         shares = tuple(
@@ -262,23 +315,24 @@ class Client:
 
     def _check_quorum(self, signatures: Rows) -> None:
         agreed: set[int] = set()
+        signed = statement(self._session.digest, pack_ids(sorted(self._survivors)))
         for signer, signature in signatures:
             if len(agreed) == self._session.quorum:
                 break
             member = signer in self._session.committee and signer in self._survivors
-            if member and verified(self._registry.keys[signer], signature, self._statement):
+            if member and verified(self._registry.keys[signer], signature, signed):
                 agreed.add(signer)
             else:
                 self.refused["bad_signature"] += 1
         if len(agreed) < self._session.quorum:
             raise Refusal("no_agreement", f"{len(agreed)} of {self._session.quorum} signed these survivors")
 
-    def _enter(self, step: Step, message: Message | None = None, session: bytes = b"") -> None:
+    def _enter(self, step: Step, message: Message | None = None) -> None:
         """Nothing is answered twice or out of order, and nothing more once something was refused."""
         if self._next is not step:
             raise Refusal("wrong_step", f"{step} was asked, {self._next or 'nothing'} is next")
         self._next = None
-        if message is not None and message.session != session:
+        if message and message.session != (self._terms if step is Step.SHARE else self._session).digest:
             raise Refusal("wrong_round")
 
     def _done(self, step: Step, answer: T) -> T:
