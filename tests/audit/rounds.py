@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from fedcanary.privacy import encode, secagg
 from fedcanary.privacy.accounting import Mechanism, compose, gaussian_std
 from fedcanary.privacy.encode import UNIT, Encoding
 from fedcanary.privacy.release import Charge, Gate
-from fedcanary.privacy.seal import FIXED, READINGS, UPDATE, Message, Terms, seal
+from fedcanary.privacy.seal import FIXED, READINGS, UPDATE, Message, Sealed, Terms, seal_all
 from fedcanary.rng import stream
 from fedcanary.types import Coord, Release
 
@@ -116,13 +117,10 @@ def play(
         for round in range(1, rounds + 1):
             coins = np.where(stream(seed, "coins", round).random(clients) < 0.5, 1, -1)
             gate = Gate(round, size, terms, charges.append, run=f"audit {seed}")
-            received, metrics = [], np.zeros(clients)
-            for client in range(clients):
-                message = _canary(client, clients, int(coins[client]), loud, terms)
-                vector = seal(message, size, _as_planted(terms, client, plant), round, client)
-                gate.put(client, vector)
-                received.append(vector)
-                metrics[client] = message.readings["probe"].sum() if "metrics" in plant else 0.0
+            messages = _together([_canary(c, clients, int(coins[c]), loud, terms) for c in range(clients)])
+            received = _sealed(messages, size, terms, plant, round)
+            gate.put_all(range(clients), received)
+            metrics = messages.readings["probe"].sum(axis=1) if "metrics" in plant else np.zeros(clients)
             found = gate.close()
             refused += sum(gate.refused.values())
             per_round = per_round or len(charges)
@@ -141,6 +139,23 @@ def _plant(patch: pytest.MonkeyPatch, plant: Plant) -> None:
         patch.setattr(Terms, "draw", lambda self, std, size, *key: draw(self, std * factors[key[0]], size, *key))
     if "unclipped" in plant:
         patch.setattr(encode, "shrink", unshrunken)
+
+
+def _together(messages: Sequence[Message]) -> Message:
+    readings = {name: np.stack([m.readings[name] for m in messages]) for name in messages[0].readings}
+    return Message(readings=readings, update=np.stack([m.update for m in messages]))
+
+
+def _sealed(messages: Message, size: Mapping[str, Sequence[Coord]], terms: Terms, plant: Plant, round: int) -> Sealed:
+    """(clients, n): each client's vector, by its own terms; those in a row with the same terms are sealed together."""
+    everyone = range(len(messages.update))
+    own = [_as_planted(terms, client, plant) for client in everyone]
+    parts = []
+    for same, group in groupby(everyone, key=own.__getitem__):
+        rows = list(group)
+        said = Message(readings={name: v[rows] for name, v in messages.readings.items()}, update=messages.update[rows])
+        parts.append(seal_all(said, size, same, round, rows))
+    return np.concatenate(parts)
 
 
 def _as_planted(terms: Terms, client: int, plant: Plant) -> Terms:
@@ -197,14 +212,13 @@ def projections(
     Under trust `local` client 0's vector left. `plant` as in `play`.
     """
     charges: list[Charge] = []
+    messages = {present: _together([message(c, present) for c in range(clients)]) for present in (True, False)}
 
     def left(present: bool, run: int) -> np.ndarray:
-        own = np.zeros(0)
         gate = Gate(2 * run + present, size, terms, charges.append)
-        for client in range(clients):
-            vector = seal(message(client, present), size, _as_planted(terms, client, plant), 2 * run + present, client)
-            assert gate.put(client, vector)
-            own = vector if client == 0 else own
+        vectors = _sealed(messages[present], size, terms, plant, 2 * run + present)
+        assert all(gate.put_all(range(clients), vectors))
+        own = vectors[0]
         found = gate.close()
         if terms.trust == "local":
             return own / np.where(np.arange(len(own)) < Encoding(size).size, UNIT, CLIP * FIXED)

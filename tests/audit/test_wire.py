@@ -126,7 +126,7 @@ def test_the_only_plain_numbers_of_a_client_are_those_the_protocol_lists(run):
     There is no place for a client's number of examples, loss and metrics, which are sent in clear elsewhere.
     """
     wire, _ = run
-    assert plain_of(wire) == {"client", "refused"}
+    assert plain_of(wire) == {"client", "masked", "refused"}
     assert all(one["refused"] == () and one["client"] in range(CLIENTS) for one in wire.beside)
     length = len(wire.masked[0])
     for sender, message in wire.messages:
@@ -250,7 +250,7 @@ def test_a_client_that_does_not_mask_is_caught(tiny, tmp_path):
 )
 def test_a_number_beside_the_message_is_caught(tiny, tmp_path, kind, tell):
     wire = planted(tiny, tmp_path, chatting(tell))
-    assert plain_of(wire) == {"client", "refused", "metrics"}
+    assert plain_of(wire) == {"client", "masked", "refused", "metrics"}
     assert kind in wire.leaks(wire.everything())
 
 
