@@ -27,13 +27,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "probes": set(),
     "privacy": set(),
     "monitor": {"probes", "privacy"},  # privacy: the planner asks the accountant and the encoding what noise there is
-    "study": set(),
+    "study_tables": set(),
+    "study": {"study_tables"},
     "record": {"privacy"},
     "act": {"monitor", "record"},
     "drill": {"probes", "monitor", "record"},
     # monitor: clients judge themselves by the same plan and the same worst part; act: verify checks what is adopted
     "engines": {"models", "clients", "personalize", "probes", "privacy", "monitor", "study", "record", "act"},
     "pipeline": {"models", "privacy", "monitor", "record", "act", "drill", "engines"},
+    "flower": {"privacy", "study", "engines", "pipeline"},
     "report": {"probes", "privacy", "monitor", "record", "act", "drill"},
     "landscape": set(),
     "bench": {"probes", "privacy", "monitor", "study", "record", "engines", "pipeline"},
@@ -41,9 +43,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compare": {"models", "probes", "study", "record", "compare_read"},
     "compare_text": {"compare_read", "compare"},
     "cli_privacy": {"privacy", "probes", "monitor", "study", "record", "engines"},
+    "cli_deploy": {"record", "engines", "cli_privacy"},
     "cli": {
         *("monitor", "study", "record", "engines", "pipeline", "report", "landscape", "bench", "compare"),
-        *("compare_text", "cli_privacy"),
+        *("compare_text", "cli_privacy", "cli_deploy"),
     },
     "__main__": {"cli"},
 }

@@ -180,14 +180,17 @@ def check(setup: Setup) -> None:
 
 
 class Consent:
-    """What each of the clients of this process does before it answers. `place` is a client's own folder."""
+    """What each of the clients of this process does before it answers. `place` is a client's own folder.
 
-    def __init__(self, setup: Setup, place: Callable[[int], Path]) -> None:
+    `sealed_once`: a client is asked a second time only if nothing of the round has left it.
+    """
+
+    def __init__(self, setup: Setup, place: Callable[[int], Path], sealed_once: bool = False) -> None:
         self.contract = contract_of(setup)
         self._policies = policies_of(setup, self.contract)
         self._sends, self._trains = numbers_of(setup), examples_of(setup)
         self._window, self._place = setup.study.privacy.window, place
-        self._fresh_noise = setup.study.privacy.noise == "system"
+        self._fresh_noise = setup.study.privacy.noise == "system" and not sealed_once
 
     def request(self, round: int, cohort: int, about: Question | None = None) -> Request:
         """What the server asks in a round: everything that the contract lists, and perhaps a drill-down."""

@@ -11,7 +11,7 @@ from fedcanary.engines.setup import Setup
 from fedcanary.errors import BadInput
 from fedcanary.personalize import METHODS
 from fedcanary.personalize.private_fit import RecordLevel
-from fedcanary.privacy import accounting
+from fedcanary.privacy import accounting, seal
 from fedcanary.privacy.accounting import Mechanism, Neighbours
 from fedcanary.privacy.encode import Encoding
 from fedcanary.privacy.seal import Terms
@@ -184,9 +184,8 @@ def terms(study: Study, cohort: int, probes: Sequence[Probe] = (), clip: float |
 
 
 def floor(study: Study, cohort: int) -> int:
-    """No sum over fewer of so many clients is opened; the noise suffices for as few."""
-    privacy = study.privacy
-    return max(privacy.min_cohort, math.ceil((1 - privacy.dropouts) * cohort - 1e-9))
+    """See `seal.floor`."""
+    return seal.floor(study.privacy.min_cohort, study.privacy.dropouts, cohort)
 
 
 def panel_size(study: Study, clients: int) -> int:

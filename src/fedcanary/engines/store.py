@@ -8,12 +8,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedcanary.engines.places import place
 from fedcanary.models.adapters import Adapter
-
-
-def place(folder: Path, client: int) -> Path:
-    """The folder that stands for a client's own disk."""
-    return folder / f"{client:06d}"
 
 
 class Store:

@@ -255,7 +255,7 @@ class Gate:
             self._sealed,
             BITS,
             round_id=f"{self._run} {self._round} {secrets.token_hex(8)}",  # a round begun again is another
-            minimum=self.terms.minimum,
+            minimum=max(self.terms.floor, 2),
             tolerated=self.terms.dropouts,
             registry=registry,
             identities=identities,

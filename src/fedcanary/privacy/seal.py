@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedcanary.errors import BadInput, FedcanaryError
-from fedcanary.privacy import accounting, noise
+from fedcanary.privacy import accounting, noise, secagg
 from fedcanary.privacy.accounting import Mechanism, Neighbours
 from fedcanary.privacy.encode import UNIT, Encoding, Integers
 from fedcanary.rng import stream
@@ -87,11 +87,6 @@ class Terms:
         """The part that leaves without noise, as post-processing."""
         return {name: tuple(coords) for name, coords in layout.items() if name in self.exact}
 
-    @property
-    def minimum(self) -> int:
-        """Clients that secure aggregation must be left with: a sum over one vector is that vector."""
-        return max(self.floor, 2)
-
     def length(self, layout: Layout, shared: int) -> int:
         """Entries of a sealed vector, with an update of so many numbers and its weight."""
         exact = layout if self.trust == "none" else self.exactly(layout)
@@ -139,6 +134,26 @@ class Terms:
         if self.simulated is None:
             return noise.gaussian_noise(self._share(std), size)
         return noise.simulated_gaussian(stream(self.simulated, "noise", *key), self._share(std), size)
+
+
+def floor(min_cohort: int, dropouts: float, cohort: int) -> int:
+    """No sum over fewer of so many clients is opened; the noise suffices for as few."""
+    return max(min_cohort, math.ceil((1 - dropouts) * cohort - 1e-9))
+
+
+def masking(
+    sum: str, *, contract: str, registry: secagg.Registry, length: int, floor: int, dropouts: float
+) -> secagg.Terms:
+    """What both ends agree to before a secure sum of sealed vectors; `sum` names it and must never come twice."""
+    return secagg.Terms(
+        round_id=sum,
+        contract=contract.encode(),
+        registry=registry.digest,
+        length=length,
+        bits=BITS,
+        minimum=max(floor, 2),  # a sum over one vector is that vector
+        tolerated=dropouts,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

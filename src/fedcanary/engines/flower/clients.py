@@ -1,0 +1,385 @@
+"""The server's side of a run whose clients are behind Flower nodes.
+
+A round under secure aggregation is three exchanges, training included, and its keys are its own:
+    train    with what the neighbours sealed for each client; masked inputs come back
+    agree    the survivors; and the next round's clients are asked for their keys
+    unmask   the signatures; and the next round's clients are sent the roster, and seal their shares
+The first round of a run, and one after a round that was given up, need two more before. Under any other trust a round
+is one exchange. Nodes that were not seen before are asked who they are, in one more.
+
+Every answer is in the journal before it is used, and what follows is a function of the answers alone: a run that was
+cut off anywhere goes on with the answers that had come, asks only for the others, and opens what it would have opened.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Final
+
+import numpy as np
+from safetensors.torch import save
+
+from fedcanary.engines import privacy_terms
+from fedcanary.engines.clients import Clients, Sent
+from fedcanary.engines.consent import Consent
+from fedcanary.engines.flower.exchange import Link
+from fedcanary.engines.flower.journal import Entry, Journal
+from fedcanary.engines.flower.node import AGREE, HELLO, KEYS, SHARE, TRAIN, UNMASK, WORDS
+from fedcanary.engines.flower.wire import Answer, Ask, Value, decode_answers, encode
+from fedcanary.engines.protection import Cohort
+from fedcanary.engines.reference import base_probabilities
+from fedcanary.engines.setup import Setup
+from fedcanary.errors import BadInput
+from fedcanary.models.adapters import Adapter
+from fedcanary.privacy import secagg
+from fedcanary.privacy.contract import Reason, Request
+from fedcanary.privacy.release import Paying
+from fedcanary.privacy.seal import BITS, Terms, masking
+from fedcanary.privacy.secagg.messages import Message
+from fedcanary.types import Array, Item, Role
+
+QUERY: Final = "query.fedcanary"
+TOKENS: Final = 1024  # of public items that the base reads at once
+CLOSED, SUM = "closed", "sum"  # kinds of entries beside those of answers, which are the asks'
+LARGEST: Final = 1 << 31
+SETTLED: Final = 30.0  # seconds that are given to those who are late, where enough are there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """Seconds: for an exchange with training in it, for any other, and for enough nodes to come online."""
+
+    train: float = 3600.0
+    step: float = 300.0
+    nodes: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The same kind of ask of several clients, as part of an exchange; `label` tells it from all others of the kind."""
+
+    kind: str
+    round: int
+    label: str
+    asks: Mapping[int, Ask]
+
+
+@dataclass(slots=True, eq=False)
+class Sum:
+    """A secure sum in the making: `step` is what its clients are asked next, and `inbox` what they are told with it."""
+
+    name: str
+    round: int
+    size: int  # clients that are asked for readings
+    server: secagg.Server
+    step: str
+    inbox: Mapping[int, Message | None]
+
+
+class Unreachable(BadInput):
+    """Too few nodes are online to begin a round."""
+
+
+class FlowerClients(Clients):
+    """A run's clients, over a `Link`.
+
+    `registry` is the list of the clients' keys, for secure aggregation. `note` is told what is under way: the step, how
+    many have answered, of how many. `refused` counts answers by the word of their refusal.
+    """
+
+    remembers: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        setup: Setup,
+        out: Path,
+        link: Link,
+        registry: secagg.Registry | None,
+        *,
+        patience: Patience = Patience(),
+        note: Callable[[str, int, int], None] = lambda step, done, clients: None,
+    ) -> None:
+        self._setup, self._link, self._registry, self._patience, self._note = setup, link, registry, patience, note
+        self.consent = Consent(setup, lambda client: out / "clients")
+        self.refused: Counter[str] = Counter()
+        self._journal = Journal(out / "flower.sqlite")
+        self._client_of: dict[int, int | None] = {}  # by node; None for a node that is of no use here
+        self._sums: dict[int, Sum] = {}
+        self._shared = sum(tensor.numel() for tensor in setup.shared.values())
+
+    def base_answers(self, role: Role) -> tuple[tuple[Item, ...], Array]:
+        """As the base reads them here: its readings are public."""
+        items = self._setup.items
+        before = sum(len(items[r]) for r in list(Role)[: list(Role).index(role)])
+        return items[role], base_probabilities(self._setup, TOKENS)[before : before + len(items[role])]
+
+    def work(
+        self,
+        request: Request,
+        cohort: Sequence[int],
+        shared: Adapter,
+        terms: Terms,
+        line: Container[int] | None = None,
+        trainers: Sequence[int] = (),
+    ) -> Iterator[list[Sent]]:
+        """One exchange, with training in it; before it two for the keys, where they are not there yet."""
+        t, self.masked = request.round, None
+        self._journal.forget(t)
+        if not request.probes:
+            cohort, trainers = (), (*cohort, *trainers)
+        everyone = [*cohort, *trainers]
+        if not everyone:
+            return
+        silent = request.model_copy(update={"probes": (), "drill_down": None})
+        fields: dict[str, Value] = {
+            "round": t,
+            "shared": save({name: tensor.contiguous() for name, tensor in sorted(shared.items())}),
+            "line": ",".join(str(r) for r in range(t) if line is None or r in line),
+        }
+        updates = self._setup.study.privacy.updates
+        if updates is not None and updates.quantile is not None:
+            fields["clip"] = terms.update_clip
+        asked = {c: fields | {"request": request.model_dump_json()} for c in cohort}
+        asked |= {c: fields | {"request": silent.model_dump_json()} for c in trainers}
+        label, sum = str(t), None
+        begun = self._journal.get(SUM, str(t)) or str(t).encode()
+        if self._journal.get(CLOSED, f"{TRAIN} {begun.decode()}") is None:
+            self._gathered(everyone, min(privacy_terms.floor(self._setup.study, len(cohort)), len(everyone)))
+        if terms.trust == "secure_aggregation":
+            sum = self._agreed(t, Cohort(list(cohort), trainers=tuple(trainers)))
+            self.masked = UnderMasks(sum, self._step, lambda: self._ahead(t + 1))
+            asked = {
+                c: asked[c] | {"sum": sum.name, "message": message.to_bytes()}
+                for c, message in sum.inbox.items()
+                if message is not None
+            }
+            label = sum.name
+        group = Group(TRAIN, t, label, {c: Ask(TRAIN, fields) for c, fields in asked.items()})
+        heard = set()
+        for _, client, answer in self._exchange("train", self._patience.train, group):
+            if (one := self._sent(client, answer, sum, terms)) is not None:
+                heard.add(client)
+                yield [one]
+        if missing := [Sent(c, None) for c in everyone if c not in heard]:
+            yield missing
+
+    def _sent(self, client: int, answer: Answer, sum: Sum | None, terms: Terms) -> Sent | None:
+        """What a client's answer to its training is; None if it is nothing that can be used."""
+        said = answer.fields
+        if isinstance(words := said.get("reasons"), str):
+            known = {reason.value for reason in Reason}
+            return Sent(client, None, [word for word in words.split(",") if word in known])
+        message, vector = said.get("message"), said.get("vector")
+        if sum is not None and isinstance(message, bytes):
+            return Sent(client, None, masked=True) if sum.server.collect(client, message) else None
+        if sum is None and isinstance(vector, bytes) and len(vector) % 8 == 0:
+            kind = np.float64 if terms.trust == "none" else np.int64
+            return Sent(client, np.frombuffer(vector, dtype=kind))
+        return None
+
+    # --- secure aggregation
+
+    def _agreed(self, t: int, cohort: Cohort) -> Sum:
+        """The round's secure sum, ready for training; what it lacks of its first two exchanges is made up for.
+
+        Where too few take part it begins anew, under another name, for as long as there is patience.
+        """
+        end = time.monotonic() + self._patience.nodes
+        while True:
+            sum = self._sums.pop(t, None) or self._begun(t, cohort)
+            try:
+                while sum.step != TRAIN:
+                    self._step(sum)
+                return sum
+            except secagg.Aborted as error:
+                self._journal.delete(SUM, str(t))
+                if time.monotonic() > end:
+                    what = f"its clients could not agree on keys: {error}"
+                    raise Unreachable.of(f"round {t}", what, "see why their nodes do not answer, and resume") from error
+
+    def _ahead(self, t: int) -> Sum | None:
+        """The secure sum of a round to come; None if there is no such round, or nobody for it."""
+        cohort = self.upcoming(t) if t <= self._setup.study.rounds else Cohort([])
+        return self._begun(t, cohort) if cohort.clients else None
+
+    def _begun(self, t: int, cohort: Cohort) -> Sum:
+        study, everyone = self._setup.study, [*cohort.clients, *cohort.trainers]
+        if self._registry is None:
+            raise BadInput.of("registry", "secure aggregation needs the clients' keys", "register them")
+        if kept := self._journal.get(SUM, str(t)):
+            name = kept.decode()
+        else:
+            name = f"{study.digest} {t} {secrets.token_hex(8)}"
+            self._journal.put(Entry(SUM, str(t), t, name.encode()))
+        terms = privacy_terms.terms(study, len(cohort.clients), self._setup.probes)
+        agreed = masking(
+            name,
+            contract=self.consent.contract.digest,
+            registry=self._registry,
+            length=terms.length(privacy_terms.layout(self._setup), self._shared),
+            floor=terms.floor,
+            dropouts=terms.dropouts,
+        )
+        server = secagg.Server(agreed, self._registry, everyone)
+        return Sum(name, t, len(cohort.clients), server, KEYS, dict.fromkeys(everyone))
+
+    def _step(self, sum: Sum, ahead: Sum | None = None) -> Sum | None:
+        """One exchange: the next step of a sum, and beside it of the one that comes after it.
+
+        Returns the latter; None if there is none, or if too few took part in it: then it has to begin anew.
+
+        Raises:
+            Aborted: too few took part in the first.
+        """
+        sums = [one for one in (sum, ahead) if one is not None]
+        by_label = {one.name: one for one in sums}
+        for group, client, answer in self._exchange(QUERY, self._patience.step, *map(self._group, sums)):
+            message = answer.fields.get("message")
+            if isinstance(message, bytes):
+                by_label[group.label].server.collect(client, message)
+        if ahead is not None:
+            try:
+                _advance(ahead)
+                self._sums[ahead.round] = ahead
+            except secagg.Aborted:
+                self._sums.pop(ahead.round, None)
+                self._journal.delete(SUM, str(ahead.round))
+                ahead = None
+        _advance(sum)
+        return ahead
+
+    def _group(self, sum: Sum) -> Group:
+        fields: dict[str, Value] = {"round": sum.round, "sum": sum.name}
+        if sum.step == KEYS:
+            fields["cohort"] = max(sum.size, 1)
+        asks = {
+            client: Ask(sum.step, fields if message is None else fields | {"message": message.to_bytes()})
+            for client, message in sum.inbox.items()
+        }
+        return Group(sum.step, sum.round, sum.name, asks)
+
+    # --- exchanges
+
+    def _exchange(self, message_type: str, timeout: float, *groups: Group) -> Iterator[tuple[Group, int, Answer]]:
+        """Yield answers as they come, those first that had come before the run was cut off.
+
+        An exchange that was closed is not opened again: what was made of its answers must be made of them again.
+        """
+        waiting: dict[int, list[tuple[Group, Ask]]] = {}
+        for group in groups:
+            heard = set()
+            for entry in self._journal.of(group.kind, group.round):
+                label, _, number = entry.key.rpartition("/")
+                client, answer = int(number), decode_answers(entry.body, LARGEST)[0]
+                if label == group.label and (ask := group.asks.get(client)) and ask.id == answer.ask:
+                    heard.add(client)
+                    yield group, client, answer
+            if self._journal.get(CLOSED, f"{group.kind} {group.label}") is None:
+                for client in group.asks.keys() - heard:
+                    waiting.setdefault(client, []).append((group, group.asks[client]))
+        done, everyone = 0, len(waiting)
+        node_of = self._reached() if waiting else {}
+        client_of = {node_of[client]: client for client in waiting if client in node_of}
+        parcels = {node: [ask for _, ask in waiting[client]] for node, client in client_of.items()}
+        step = " and ".join(group.kind for group in groups)
+        self._note(step, done, everyone)
+        for node, answers in self._link.exchange(parcels, message_type, timeout, str(groups[0].round)):
+            client, asked = client_of[node], {ask.id: group for group, ask in waiting[client_of[node]]}
+            self.refused.update(_word(answer.refused) for answer in answers if answer.refused)
+            told = [(asked[answer.ask], answer) for answer in answers if not answer.refused]
+            self._journal.put(*(Entry(g.kind, f"{g.label}/{client}", g.round, encode([a])) for g, a in told))
+            done += 1
+            self._note(step, done, everyone)
+            for group, answer in told:
+                yield group, client, answer
+        self._journal.put(*(Entry(CLOSED, f"{group.kind} {group.label}", group.round, b"") for group in groups))
+
+    def _gathered(self, clients: Sequence[int], least: int) -> None:
+        """Wait until all of these are online, or for `SETTLED` seconds as long as there are enough.
+
+        Raises:
+            Unreachable: there are not enough within the time there is.
+        """
+        start = time.monotonic()
+        self._client_of = {node: client for node, client in self._client_of.items() if client is not None}
+        while True:
+            there = self._reached().keys() & set(clients)
+            passed = time.monotonic() - start
+            if len(there) == len(clients) or (len(there) >= least and passed >= SETTLED):
+                return
+            if passed >= self._patience.nodes:
+                what = f"{len(there)} of {len(clients)} clients are online and of this contract, {least} are needed"
+                what += "".join(f"; {word}: {times}" for word, times in self.refused.items())
+                raise Unreachable.of("nodes", what, "start their nodes (see their logs), and resume")
+            self._note("waiting for nodes", len(there), len(clients))
+            self._link.sleep(min(self._link.poll, self._patience.nodes - passed))
+
+    def _reached(self) -> dict[int, int]:
+        """The node of every client that is online; nodes that were not seen before are asked who they are."""
+        online = self._link.nodes()
+        if new := [node for node in online if node not in self._client_of]:
+            ask = Ask(HELLO, {})
+            for node, (answer,) in self._link.exchange({n: [ask] for n in new}, QUERY, self._patience.step, HELLO):
+                self._client_of[node] = self._known(answer)
+        found: dict[int, int] = {}
+        for node in online:
+            client = self._client_of.get(node)
+            if client is not None and found.setdefault(client, node) != node:
+                self.refused["client_twice"] += 1
+        return found
+
+    def _known(self, answer: Answer) -> int | None:
+        """The client that a node says it is, if it is one of this study, contract and base model."""
+        contract, client = self.consent.contract, answer.fields.get("client")
+        ours = isinstance(client, int) and 0 <= client < len(self._setup.population)
+        for word, same in (
+            (_word(answer.refused) if answer.refused else "unknown_client", ours),
+            ("other_model", answer.fields.get("model") == contract.model),
+            (Reason.OTHER_CONTRACT.value, answer.fields.get("contract") == contract.digest),
+        ):
+            if not same:
+                self.refused[word] += 1
+                return None
+        return client if isinstance(client, int) else None
+
+
+def _word(refused: str) -> str:
+    """A node's word if it is one of those that nodes say; others are not repeated."""
+    return refused if refused in WORDS else "other"
+
+
+def _advance(sum: Sum) -> None:
+    """Close a sum's step, for what its clients are told with the next."""
+    server = sum.server
+    if sum.step == KEYS:
+        sum.inbox, sum.step = server.roster(), SHARE
+    elif sum.step == SHARE:
+        sum.inbox, sum.step = server.deliveries(), TRAIN
+    elif sum.step == AGREE:
+        sum.inbox, sum.step = server.agreements(), UNMASK
+
+
+class UnderMasks:
+    """Vectors that the server has masked and cannot read."""
+
+    def __init__(
+        self, sum: Sum, step: Callable[[Sum, Sum | None], Sum | None], ahead: Callable[[], Sum | None]
+    ) -> None:
+        self.length = sum.server.terms.length
+        self._sum, self._step, self._ahead = sum, step, ahead
+
+    def open(self, pay: Paying) -> secagg.Outcome:
+        """See `release.Masked`."""
+        sum, server = self._sum, self._sum.server
+        sum.inbox, sum.step = server.survivor_list(), AGREE
+        pay(server.survivors)
+        self._step(sum, self._step(sum, self._ahead()))
+        total = server.unmask()
+        return secagg.Outcome(
+            total=total, signed=secagg.decode_signed(total, BITS), survivors=server.survivors, refused=server.refused
+        )
