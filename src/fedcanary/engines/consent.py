@@ -182,15 +182,16 @@ def check(setup: Setup) -> None:
 class Consent:
     """What each of the clients of this process does before it answers. `place` is a client's own folder.
 
-    `sealed_once`: a client is asked a second time only if nothing of the round has left it.
+    `silent`: whoever asks has kept that nothing of the request's round has left the client, though its ledger paid.
     """
 
-    def __init__(self, setup: Setup, place: Callable[[int], Path], sealed_once: bool = False) -> None:
+    def __init__(self, setup: Setup, place: Callable[[int], Path]) -> None:
         self.contract = contract_of(setup)
         self._policies = policies_of(setup, self.contract)
         self._sends, self._trains = numbers_of(setup), examples_of(setup)
         self._window, self._place = setup.study.privacy.window, place
-        self._fresh_noise = setup.study.privacy.noise == "system" and not sealed_once
+        self._fresh_noise = setup.study.privacy.noise == "system"
+        self.silent = False
 
     def request(self, round: int, cohort: int, about: Question | None = None) -> Request:
         """What the server asks in a round: everything that the contract lists, and perhaps a drill-down."""
@@ -223,7 +224,9 @@ class Consent:
                 trains=self._trains,
             )
             reasons = [refusal.reason for refusal in found]
-            if again and self._fresh_noise:  # with the same noise, as in a simulation, it would say the same again
+            if (
+                again and self._fresh_noise and not self.silent
+            ):  # with the same noise, as in a simulation, it would say the same again
                 reasons.append(Reason.ANSWERED)
             for reason in reasons:
                 ledger.note_refusal(reason)

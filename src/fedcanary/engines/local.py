@@ -70,15 +70,14 @@ class _Recent:
 class LocalClients(Clients):
     """All the clients that this process plays."""
 
-    def __init__(self, setup: Setup, folder: Path, tap: Tap | None = None, *, sealed_once: bool = False) -> None:
-        """`sealed_once`: whoever calls `work` keeps what is sealed, and asks a client again only if nothing was."""
+    def __init__(self, setup: Setup, folder: Path, tap: Tap | None = None) -> None:
         self._study, self._base, self._lora, self._method = setup.study, setup.base, setup.lora, setup.method
         self._population, self._probes, self._tap = setup.population, setup.probes, tap
         self._values = setup.slices
         self._layout, self._record_level = privacy_terms.layout(setup), privacy_terms.training(setup.study)
         self._private = Store(folder, "private", everything=self._study.policy.on_alarm == "roll_back")
         self._good, self._place = Store(folder, "good"), partial(place, folder)
-        self.consent = Consent(setup, self._place, sealed_once)
+        self.consent = Consent(setup, self._place)
         self._initial, self._first_private = setup.initial, setup.method.split(setup.initial).private
         self._roles = {role: items for role, items in setup.items.items() if items}
         self._items = tuple(item for items in self._roles.values() for item in items)

@@ -43,7 +43,7 @@ class MadeUpHost(Host):
     @cached_property
     def clients(self) -> Any:
         made = MadeUp(self.setup, self.folder / "clients")
-        made.consent = Consent(self.setup, lambda client: place(self.folder / "clients", client), sealed_once=True)
+        made.consent = Consent(self.setup, lambda client: place(self.folder / "clients", client))
         return made
 
 

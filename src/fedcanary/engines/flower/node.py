@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 HELLO, KEYS, SHARE, TRAIN, AGREE, UNMASK = "hello", "keys", "share", "train", "agree", "unmask"
 JOURNAL: Final = "journal.sqlite"
-ANSWER, SESSION, SEALED = "answer", "session", "sealed"  # kinds of entries in it
+ANSWER, SESSION, BEGUN, SEALED = "answer", "session", "begun", "sealed"  # kinds of entries in it
 OPENED: Final = b"opened"  # in place of a sealed vector
 FAILED: Final = "failed"
 # every word of refusal that a node of ours says, those of `secagg.Client` among them; a server repeats no others
@@ -103,7 +103,7 @@ class Host:
         from fedcanary.engines.stacking import Pace, settle
 
         settle(self.folder / "engine.json", lambda: Pace(stack=1, tokens=1024, threads=1))
-        return LocalClients(self.setup, self.folder / "clients", sealed_once=True)
+        return LocalClients(self.setup, self.folder / "clients")
 
     @cached_property
     def registry(self) -> secagg.Registry:
@@ -238,6 +238,9 @@ class Node:
         if kept is not None and (kept[:32] != about or kept[32:] == OPENED):
             return {"reasons": Reason.ANSWERED.value}, []
         if kept is None:
+            # Cut off in the middle, the ledger has paid and nothing has left: a journal that is lost cannot say so.
+            self._host.clients.consent.silent = journal.get(BEGUN, str(round)) is not None
+            journal.put(Entry(BEGUN, str(round), round, b""))
             vector, reasons = self._measured(request, ask)
             if vector is None:
                 return {"reasons": ",".join(reasons)}, []
