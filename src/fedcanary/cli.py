@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedcanary import __version__, cli_privacy
+from fedcanary import __version__, cli_deploy, cli_privacy
 from fedcanary.bench import cli as bench
 from fedcanary.errors import EXIT_ALARM, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, BadInput, FedcanaryError
 from fedcanary.landscape import cli as landscape
@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
         "--rebaseline", metavar="WHAT", help="after a fix, with --resume: what was fixed; a held run goes on"
     )
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the study")
+    run.add_argument(
+        "--engine", choices=("inprocess", "flower"), default="inprocess", help="flower: in Flower's simulation"
+    )
     run.add_argument("--json", action="store_true", help="print the summary as one JSON document")
     run.add_argument("--quiet", action="store_true", help="no progress on stderr")
     run.set_defaults(action=_run)
@@ -61,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     probe.set_defaults(action=_probe)
 
     cli_privacy.add(commands)
+    cli_deploy.add(commands, _finish)
     landscape.add(commands)
     bench.add(commands)
     for name, help_, action in (
@@ -115,6 +119,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.rebaseline is not None and arguments.resume is None:
         raise BadInput.of("--rebaseline", "is about a run that was held", "add --resume DIR")
+    if arguments.rebaseline is not None and arguments.engine == "flower":
+        raise BadInput.of("--rebaseline", "is not for --engine flower", "leave out --engine; then go on with it")
     if arguments.resume is not None:
         if arguments.study is not None or arguments.set or arguments.out not in (None, arguments.resume):
             raise BadInput.of("--resume", "takes the study from the record", "leave out STUDY, --set and --out")
@@ -135,6 +141,8 @@ def _run(arguments: argparse.Namespace) -> int:
     consent.check(setup)
     out.mkdir(parents=True, exist_ok=True)
     (out / "study.toml").write_text(chosen.toml(), encoding="utf-8")
+    if arguments.engine == "flower":
+        return cli_deploy.simulate(out / "study.toml", out, len(setup.population), arguments, _finish)
     try:
         record = pipeline.run(setup, out, watch=watch, rebaseline=arguments.rebaseline)
     except pipeline.Stopped:
