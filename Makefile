@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+FLOWER ?= runs/flower
 
 # The CPU build where plain pip finds one; any torch >= 2.6 that is already in the environment is kept.
 TORCH ?= torch==2.13.0
@@ -13,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Nothing here needs a model hub: a missing file is an error, not a download.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all lint bench bench-silentbench bench-demo bench-plants bench-secagg bench-planner bench-speed bench-engine bench-panels bench-monitoring example-hatecheck example-shakespeare bundled clean help
+.PHONY: demo demo-flower test test-all lint bench bench-silentbench bench-demo bench-plants bench-secagg bench-planner bench-speed bench-engine bench-panels bench-monitoring example-hatecheck example-shakespeare bundled clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 22
@@ -30,6 +31,10 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
+$(VENV)/.flower: pyproject.toml $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[flower]'
+	@touch $@
+
 $(VENV)/.test: pyproject.toml $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
 	@touch $@
@@ -37,6 +42,13 @@ $(VENV)/.test: pyproject.toml $(VENV)/.installed
 demo: $(VENV)/.installed ## run the bundled demonstration and say where its report is
 	@rm -rf $(OUT)
 	@$(BIN)/fedcanary run --out $(OUT); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 3 ]
+
+demo-flower: $(VENV)/.flower ## the demonstration over a SuperLink and six SuperNodes on this machine
+	@rm -rf $(FLOWER)
+	@$(BIN)/fedcanary deploy init $(FLOWER) --nodes 6 --set rounds=3 --set privacy.panel=same --set privacy.min_cohort=4
+	@$(BIN)/fedcanary deploy up $(FLOWER) & \
+	trap '$(BIN)/fedcanary deploy down $(FLOWER)' EXIT; \
+	$(BIN)/fedcanary deploy run $(FLOWER); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 3 ]
 
 test: $(VENV)/.test ## the default test suite (under 5 minutes)
 	$(BIN)/python -m pytest -q
@@ -80,7 +92,7 @@ bench-speed: $(VENV)/.test ## ours beside peft, Flower and pfl on the same job (
 	$(BIN)/python benchmarks/speed.py
 
 bench-engine: $(VENV)/.test ## what was tried to make stacked training faster, with and without (15 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engine_attempts.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engine_attempts
 
 bench-panels: $(VENV)/.installed ## a million clients' readings to a verdict: time and memory
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/panels.py

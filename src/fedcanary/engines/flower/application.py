@@ -8,6 +8,7 @@ import tomli_w
 
 from fedcanary.engines.flower.doors import app_digest
 
+PATIENCE = {"train_seconds": 3600, "step_seconds": 300, "nodes_seconds": 600}  # what `FlowerClients` waits for
 MODULE = "fedcanary_app"
 CODE = '''"""The apps of fedcanary, by the names that Flower looks for."""
 
@@ -22,7 +23,12 @@ def write_app(folder: Path, code: str = CODE) -> None:
     folder.mkdir(parents=True)
     project = {"name": "fedcanary", "version": "1.0.0", "license": "Apache-2.0", "dependencies": []}
     components = {"serverapp": f"{MODULE}:server_app", "clientapp": f"{MODULE}:client_app"}
-    config = {"study": "", "out": "", "state": ""}  # Flower lets a run set only keys that are here
+    config: dict[str, str | int] = {
+        "study": "",
+        "out": "",
+        "state": "",
+        **PATIENCE,
+    }  # Flower lets a run set only keys that are here
     app = {"publisher": "fedcanary", "components": components, "config": config}
     (folder / "pyproject.toml").write_text(tomli_w.dumps({"project": project, "tool": {"flwr": {"app": app}}}), "utf-8")
     (folder / f"{MODULE}.py").write_text(code, "utf-8")

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ import tomli_w
 
 from fedcanary import study as studies
 from fedcanary.engines.flower import certificates
-from fedcanary.engines.flower.application import pin_of, write_app
+from fedcanary.engines.flower.application import PATIENCE, pin_of, write_app
 from fedcanary.engines.flower.certificates import Member
 from fedcanary.engines.flower.processes import program
 from fedcanary.errors import BadInput, Problem
 from fedcanary.study import Study
 
 SERVER, NODE, STUDY, STATE, HOME = "server.toml", "node.toml", "study.toml", "state", "flower"
-SERVER_WORDS = {"id": str, "host": str, "port": int, "app": str}
+SERVER_WORDS = {"id": str, "host": str, "port": int, "app": str, **dict.fromkeys(PATIENCE, int)}
 LOOPBACK = ("127.0.0.1", "localhost")
 
 
@@ -43,6 +43,7 @@ class Server:
     host: str
     port: int
     app: str  # the pinned digest
+    patience: Mapping[str, int]  # seconds that an exchange may take, with training in it or not, and nodes to come
 
     @property
     def home(self) -> Path:
@@ -149,9 +150,13 @@ def load_server(folder: Path) -> Server:
             check()
         except BadInput as error:
             problems += error.problems
+    patience = {name: words.pop(name) for name in PATIENCE}
+    for name, seconds in patience.items():
+        if seconds < 1:
+            problems.append(Problem(f"{folder / SERVER}: {name}", f"is {seconds}", "give seconds, 1 or more"))
     if problems:
         raise BadInput(problems)
-    return Server(folder=folder.resolve(), **words)
+    return Server(folder=folder.resolve(), patience=patience, **words)
 
 
 def load_node(folder: Path) -> Node:
@@ -231,7 +236,7 @@ def _write(draft: Path, study: Study, count: int, host: str, port: int, app: Pat
         shutil.copy(authority / "ca.crt", place)
     for place in (server, *(draft / "nodes" / f"{client:03d}" / STATE for client in range(count))):
         certificates.write_registry(place / certificates.REGISTRY, members)
-    (server / SERVER).write_text(tomli_w.dumps({"id": id, "host": host, "port": port, "app": pin}), "utf-8")
+    (server / SERVER).write_text(tomli_w.dumps({"id": id, "host": host, "port": port, "app": pin, **PATIENCE}), "utf-8")
     (server / STUDY).write_text(text, "utf-8")
     (server / "README.md").write_text(FOR_SERVER, "utf-8")
 
@@ -253,7 +258,8 @@ FOR_SERVER = """# The server of a fedcanary deployment
 Start it:  fedcanary deploy server .        (in this folder; Ctrl-C stops it)
 Run the study, or go on with it:  fedcanary deploy run .
 
-- `server.toml`: the name and port that nodes connect to, and the digest of the one app that may run here.
+- `server.toml`: the name and port that nodes connect to, the digest of the one app that may run here, and the seconds
+  that clients are given to train, to answer anything else, and to come online.
 - `server.key`, `server.crt`, `ca.crt`: TLS. The authority's key is not here; keep it where no machine of this
   deployment can read it. Before the certificate expires: fedcanary deploy recertify, where authority/ lies.
 - `registry.toml`: the public keys of all clients. Every node holds its own copy and goes by that.

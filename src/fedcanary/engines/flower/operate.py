@@ -96,7 +96,8 @@ def submit(server: Server, out: Path, screen: Screen) -> int:
         time.sleep(0.5)
     (out / live.NAME).unlink(missing_ok=True)
     config = server.home / "run-config.toml"
-    config.write_text(tomli_w.dumps({"study": str(server.folder / STUDY), "out": str(out.resolve())}), "utf-8")
+    words = {"study": str(server.folder / STUDY), "out": str(out.resolve()), **server.patience}
+    config.write_text(tomli_w.dumps(words), "utf-8")
     run = str(flwr(server, "run", str(server.folder / "app"), "deployment", "-c", str(config))["run-id"])
     command = [program("flwr"), "log", run, "deployment", "--stream"]
     with Group(f"{server.id}.run") as group:
