@@ -100,18 +100,11 @@ def test_whatever_is_killed_the_record_is_that_of_one_process(deployment, tmp_pa
     kill(deployment, "node-003")
     wait_for(deployment, 3, "agree")
     kill(deployment, "superexec")  # and with it the ServerApp
-    assert run.wait(timeout=300) not in (0, 3)
+    run.communicate(timeout=300)
+    assert run.returncode not in (0, 3)
     again = begun(deployment)
     said, _ = again.communicate(timeout=580)
     assert again.returncode in (0, 3), said
     out = deployment / "server" / "run"
     assert (out / "record.jsonl").read_bytes() == in_one_process(tmp_path / "here")
     assert verify(out)["rounds"] == ROUNDS
-
-
-def test_a_run_takes_three_exchanges_a_round(deployment):
-    run = begun(deployment)
-    said, _ = run.communicate(timeout=580)
-    assert run.returncode in (0, 3), said
-    assert word(deployment)["exchanges"] == 1 + 2 + 3 * ROUNDS
-    assert not word(deployment)["faults"]
