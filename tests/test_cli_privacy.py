@@ -121,6 +121,7 @@ def test_a_window_that_another_run_spent_is_refused_before_anything_is_written(
     study.write_text(
         "rounds = 1\n[clients]\ncount = 12\nexamples = 8\neval_examples = 4\n"
         '[privacy]\nledger = "shared.sqlite"\n[privacy.updates]\nnoise = "none"\n'
+        '[probes]\npackaged = false\nsuites = [{ source = "world-general", limit = 4 }]\n'
     )
 
     def run(out: str, *changes: str) -> int:

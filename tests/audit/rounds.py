@@ -16,6 +16,7 @@ from fedcanary.privacy.release import Charge, Gate
 from fedcanary.privacy.seal import FIXED, READINGS, UPDATE, Message, Sealed, Terms, seal_all
 from fedcanary.rng import stream
 from fedcanary.types import Coord, Release
+from oracles.plain_sum import plain_sum
 
 EPSILON, DELTA = 2.0, 1e-6
 CLIP = 0.5  # of an update
@@ -62,14 +63,6 @@ def terms_for(trust: str, floor: int, seed: int | None, update: bool = False) ->
         update_noise=multiplier if update else 0.0,
         simulated=seed,
     )
-
-
-def plain_sum(vectors, bits, *, minimum, before_unmasking, **_):
-    """`secagg.aggregate` without its masks: the same sum (test_round.py), the same survivors, the same charge."""
-    assert len(vectors) >= minimum
-    before_unmasking(tuple(vectors))
-    total = sum(vectors.values())
-    return secagg.Outcome(total=total.astype(np.uint64), signed=total, survivors=tuple(vectors), refused={})
 
 
 def unshrunken(w):

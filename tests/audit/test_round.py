@@ -199,14 +199,14 @@ def two_inputs_exceed(trust, runs, plant=None, deltas=(DELTA, 0.05)) -> bool:
 
 @by_trust
 def test_a_whole_round_with_and_without_one_client(trust):
-    """200 rounds of 4 clients on each input: readings beyond the norm cap, and an update beyond its clip.
+    """120 rounds of 4 clients on each input: readings beyond the norm cap, and an update beyond its clip.
 
     What one client can do is all in these rounds, so that a forgotten bound shows whatever it bounds.
     """
-    assert not two_inputs_exceed(trust, 200)
-    assert two_inputs_exceed(trust, 200, {"noise": 0.125})
+    assert not two_inputs_exceed(trust, 120)
+    assert two_inputs_exceed(trust, 120, {"noise": 0.125})
     if trust != "central":  # whose server drops it: above
-        assert two_inputs_exceed(trust, 200, {"unclipped update": 8.0})
+        assert two_inputs_exceed(trust, 120, {"unclipped update": 8.0})
 
 
 @pytest.mark.statistical

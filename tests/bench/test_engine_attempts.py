@@ -1,4 +1,4 @@
-"""The verdict word of benchmarks/engine_attempts.py."""
+"""benchmarks/engine_attempts: its verdict word, and that what it compares says the same."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-# the benchmarks are scripts, not a package: their folder goes onto the path first
-import engine_attempts  # noqa: E402
-from engine_attempts import MISSED, REPEATS, gain  # noqa: E402
+# the benchmarks are not installed: their folder goes onto the path first
+from engine_attempts.__main__ import PARTS  # noqa: E402
+from engine_attempts.arithmetic import cross_entropy, one_table  # noqa: E402
+from engine_attempts.measuring import MISSED, REPEATS, gain  # noqa: E402
+from engine_attempts.page import THINGS, Row, page  # noqa: E402
+
+from fedcanary.models import stacked  # noqa: E402
 
 sys.path[:] = [entry for entry in sys.path if entry not in (str(BENCHMARKS), str(BENCHMARKS / "speed"))]
 
@@ -46,7 +51,33 @@ def test_too_few_repeats_are_refused():
 
 def test_a_figure_that_speaks_against_what_is_done_is_said():
     slow, quick = np.full(REPEATS, 2.0), np.ones(REPEATS)
-    rows = {name: engine_attempts.Row(name, "a cell", slow, quick, 1) for name in ("lean", "compile", "bfloat16")}
+    rows = {name: Row(name, "a cell", slow, quick, 1) for name in ("lean", "compile", "bfloat16")}
     assert [row.against for row in rows.values()] == [False, True, False]
-    assert engine_attempts.Row("lean", "a cell", quick, slow, 1).against
+    assert Row("lean", "a cell", quick, slow, 1).against
     assert "| 2e+03 (2e+03) | 1e+03 (1e+03) | 2.00 [2.00, 2.00] | faster |" in rows["lean"].line()
+
+
+def test_every_way_to_a_target_s_log_probability_gives_the_same_and_its_gradient():
+    random = torch.Generator().manual_seed(3)
+    logits = 5 * torch.randn(6, 9, generator=random)
+    row, target = torch.tensor([0, 1, 1, 1, 5]), torch.tensor([8, 0, 3, 3, 2])  # a row may have several, or none
+    weights, said = torch.randn(5, generator=random), {}
+    for way in (stacked._picked, one_table, cross_entropy):
+        leaf = logits.clone().requires_grad_()
+        value = way(leaf, row, target)
+        (value * weights).sum().backward()
+        said[way] = torch.cat([value.detach(), leaf.grad.flatten()])
+    for way in (one_table, cross_entropy):
+        torch.testing.assert_close(said[way], said[stacked._picked])
+
+
+def test_the_page_says_what_each_thing_gave_and_what_speaks_against_it():
+    slow, quick = np.full(REPEATS, 2.0), np.ones(REPEATS)
+    rows = [Row("one_table", "a cell", slow, quick, 1), Row("lean", "a cell", slow, quick, 1)]
+    text = page(rows, ["A remark, with a table:", "", "| a |", "|---|", "", "Another."], (1.0, 2.0), 660.0)
+    against = text.partition("## Where")[2].partition("## Remarks")[0]
+    assert all(row.line() in text for row in rows)
+    assert THINGS["one_table"].what in against
+    assert THINGS["lean"].what not in against
+    assert text.endswith("A remark, with a table:\n\n| a |\n|---|\n\nAnother.\n")
+    assert {part.__name__ for part in PARTS} >= {"picked", "compiled"}

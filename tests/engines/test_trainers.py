@@ -17,13 +17,15 @@ from fedcanary.engines import privacy_terms
 from fedcanary.engines.consent import UNBOUNDED, Consent
 from fedcanary.engines.local import LocalClients
 from fedcanary.engines.protection import LEDGER, Protection
-from fedcanary.errors import BadInput
+from fedcanary.errors import BadInput, ClientFailed
 from fedcanary.models import adapters
 from fedcanary.privacy.contract import Reason
 from fedcanary.privacy.ledger import Ledger
 from fedcanary.privacy.release import Gate
 from fedcanary.privacy.seal import FIXED, UPDATE, Message, Terms, seal, seal_update
 from fedcanary.record import RunRecord
+from fedcanary.report.html import render
+from fedcanary.report.summary import summarise
 from fedcanary.types import Coord
 from oracles.few import MadeUp, bare, setup_of
 
@@ -159,6 +161,37 @@ def test_who_only_trains_reads_nothing_and_pays_nothing(tiny, tmp_path, monkeypa
         assert method == "fedavg" or len(list(place.glob("private.*"))) >= 1
     pipeline.run(setup, tmp_path / "again")
     assert list(RunRecord.load(tmp_path / "again").of("round")) == bodies
+
+
+@pytest.mark.parametrize("on_failure", ["drop", "stop"])
+def test_who_only_trains_and_fails_counts_as_failed(tiny, tmp_path, monkeypatch, on_failure):
+    """Its training begins from NaN, so its loss is not finite."""
+    tables = {"rounds": 1, "clients": {"per_round": 3, "also_train": 3}, "personalize": {"on_failure": on_failure}}
+    setup = setup_of(tiny["llama"], 6, APART | tables | {"engine": {"threads": 1, "stack": 1}})
+    with Protection(setup, RunRecord.open(tmp_path / "drawn")) as protected:
+        cohort = protected.cohort(1)
+    train = LocalClients._train
+
+    def poisoned(self, round, clients, shared, *rest):
+        bad = cohort.trainers[1] in clients
+        start = {name: tensor * math.nan for name, tensor in shared.items()} if bad else shared
+        return train(self, round, clients, start, *rest)
+
+    monkeypatch.setattr(LocalClients, "_train", poisoned)
+    if on_failure == "stop":
+        with pytest.raises(ClientFailed, match=rf"'user-{cohort.trainers[1]}', round 1: its training loss"):
+            pipeline.run(setup, tmp_path / "run")
+        return
+    record = pipeline.run(setup, tmp_path / "run")
+    clients = summarise(record)["clients"]
+    said = {name: clients[name] for name in ("asked", "also_trained", "failed", "answered", "refused")}
+    assert said == {"asked": [3], "also_trained": [3], "failed": [1], "answered": [3.0], "refused": {}}
+    moved = adapters.load(pipeline.round_folder(tmp_path / "run", 1))
+    assert all(tensor.isfinite().all() for tensor in moved.values())
+    page = render(summarise(record))
+    assert "6, 3 in each round, and 3 who only train" in page
+    assert "of those asked (outline); 3 more only trained; 1 failed in all" in page
+    assert ">only trained</th>" in page
 
 
 def test_a_server_that_asks_for_no_probe_gets_no_reading(tiny, tmp_path):

@@ -115,7 +115,8 @@ def test_the_same_clients_pay_for_every_round():
     assert 3.99 < spent <= 4.0
 
 
-def test_which_panel_is_better_depends_on_how_many_can_be_asked_in_a_round():
+def test_which_panel_is_better_depends_on_how_many_can_be_asked_in_a_round(monkeypatch):
+    monkeypatch.setattr("fedcanary.monitor.forecast.PATHS", 300)
     hard = replace(WISH, clients=480, epsilon=2.0, power=0.5)
     assert plan(hard, PROBES, MARGINS).recommended == "same"
     assert plan(replace(hard, per_round=40), PROBES, MARGINS).recommended == "rotating"
@@ -149,7 +150,8 @@ def test_too_few_clients_for_any_panel_is_said_with_the_number_that_would_do():
         assert tuple(bool(forecast(kind, clients=clients)) for kind in ("rotating", "same")) == opens
 
 
-def test_a_wish_that_cannot_be_met_comes_with_remedies_that_work():
+def test_a_wish_that_cannot_be_met_comes_with_remedies_that_work(monkeypatch):
+    monkeypatch.setattr("fedcanary.monitor.forecast.PATHS", 300)  # the same windows for what is said and what works
     poor = Wish(clients=480, epsilon=1.0)
     found = plan(poor, PROBES, MARGINS, dict.fromkeys(Mode, CLIENTS))
     assert found.recommended is not None

@@ -38,7 +38,7 @@ def probe(at: int) -> tuple[Coord, ...]:
 
 
 LAYOUT = {f"p{at}": probe(at) for at in range(6)}
-CLIENTS, CUTS = 2000, (0, 1, 2, 700, 1024, 1999, 2000)
+CLIENTS, CUTS = 600, (0, 1, 2, 250, 256, 599, 600)
 TRAINED = Mechanism(kind="gaussian", noise_multiplier=2.0)
 WAYS = {"exact updates": {}, "noised": {"update_clip": 0.5, "update_noise": 2.0}}
 WAYS["examples"] = {"exact": ("p1", "p4"), "training": TRAINED}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +28,7 @@ from fedcanary.privacy.seal import UPDATE, Message, seal
 from fedcanary.probes import probes
 from fedcanary.probes.base import CLIP, merge
 from fedcanary.record import RunRecord
+from fedcanary.report.summary import summarise
 from fedcanary.rng import stream
 from fedcanary.types import Mode, Role
 
@@ -195,8 +198,8 @@ def case(name: str, folder: Path, study: Mapping[str, Any] | None = None) -> Run
             return build(
                 folder,
                 lambda t, k: few(t, k) if t != 2 or k < 9 else None,
-                rounds=6,
-                clients=80,
+                rounds=4,
+                clients=40,
                 study={**study, "privacy": privacy},
                 strangers=1,
             )
@@ -230,10 +233,23 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunRecord]:
     return one
 
 
-@pytest.fixture(params=CASES)
-def any_record(request: pytest.FixtureRequest, make: Callable[..., RunRecord]) -> RunRecord:
+@pytest.fixture(scope="session", params=CASES)
+def any_case(request: pytest.FixtureRequest) -> str:
     """Each case in turn."""
-    return make(request.param)
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def summary_of(make: Callable[..., RunRecord]) -> Callable[[str], dict[str, Any]]:
+    """The summary of a case by name, computed once; a copy for whoever wants to change it."""
+    made = cache(lambda name: summarise(make(name)))
+    return lambda name: copy.deepcopy(made(name))
+
+
+@pytest.fixture(scope="session")
+def any_summary(any_case: str, summary_of: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Each case's summary in turn; to be read, not changed."""
+    return summary_of(any_case)
 
 
 @pytest.fixture

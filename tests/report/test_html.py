@@ -52,10 +52,14 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.words))
 
 
-@pytest.fixture
-def page(any_record):
-    summary = summarise(any_record)
-    return summary, Page(render(summary))
+@pytest.fixture(scope="session")
+def rendered(any_summary):
+    return render(any_summary)
+
+
+@pytest.fixture(scope="session")
+def page(any_summary, rendered):
+    return any_summary, Page(rendered)
 
 
 def test_it_is_well_formed_and_says_the_headline_first(page):
@@ -87,8 +91,8 @@ def test_nothing_is_fetched_and_nothing_runs(page):
         assert all("url(" not in (v or "") or v.startswith("url(#") for v in attributes.values())
 
 
-def test_the_file_names_no_address(any_record):
-    text = render(summarise(any_record))
+def test_the_file_names_no_address(rendered):
+    text = rendered
     assert "http" not in text.replace("http-equiv", "")
     assert "@import" not in text
     assert set(re.findall(r"url\((.)", text)) <= {"#"}
@@ -133,8 +137,8 @@ def test_no_privacy_is_a_red_box_in_plain_words(page):
     assert ("Nothing has left a client yet" in parsed.text) == (summary["privacy"]["charges"] == 0)
 
 
-def test_a_finite_epsilon_is_not_red(make):
-    summary = summarise(make("all_clear"))
+def test_a_finite_epsilon_is_not_red(summary_of):
+    summary = summary_of("all_clear")
     summary["privacy"].update(trust="central", epsilon=1.0, delta=1e-6, mechanism="discrete Gaussian")
     text = render(summary)
     assert 'class="privacy"' in text
@@ -193,8 +197,8 @@ def test_very_long_names_are_shortened(make):
     assert len(render(summary)) < 150_000
 
 
-def test_size(make):
-    summary = summarise(make("mixed"))
+def test_size(summary_of):
+    summary = summary_of("mixed")
     assert len(render(summary).encode()) < 150_000
     long = copy.deepcopy(summary)
     times = 2000
@@ -205,19 +209,16 @@ def test_size(make):
     for mode in long["modes"].values():
         mode["per_round"] *= times
     long["spread"]["per_round"] *= times
-    for name in ("asked", "failed", "answered"):
+    for name in ("asked", "also_trained", "failed", "answered"):
         long["clients"][name] *= times
     assert long["rounds"] == 12_000
     assert len(render(long).encode()) < 1_500_000
 
 
-def test_the_graph_lights_edges_between_alarms_only(make):
-    lit = re.findall(r'class="edge (\w+) lit"', charts.influence_graph("g", summarise(make("mixed"))["modes"]))
+def test_the_graph_lights_edges_between_alarms_only(summary_of):
+    lit = re.findall(r'class="edge (\w+) lit"', charts.influence_graph("g", summary_of("mixed")["modes"]))
     assert lit == ["feedback"]  # adaptation misalignment -> alignment erosion
-    assert (
-        len(re.findall(r'class="edge \w+ lit"', charts.influence_graph("g", summarise(make("all_alarm"))["modes"])))
-        == 9
-    )
+    assert len(re.findall(r'class="edge \w+ lit"', charts.influence_graph("g", summary_of("all_alarm")["modes"]))) == 9
 
 
 def test_a_curve_breaks_where_nothing_was_measured():

@@ -25,8 +25,8 @@ from fedcanary.types import Item, Mode, Role
 DOCUMENT = Path(__file__).parents[2] / "docs" / "summary-schema.md"
 
 
-def test_every_case_fits_the_schema_and_is_json(any_record):
-    summary = summarise(any_record)
+def test_every_case_fits_the_schema_and_is_json(any_summary):
+    summary = any_summary
     jsonschema.validate(summary, schema(), cls=jsonschema.Draft202012Validator)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert list(summary["modes"]) == list(Mode)
@@ -35,10 +35,10 @@ def test_every_case_fits_the_schema_and_is_json(any_record):
         assert bool(mode["next"]) == bool(mode["why"]) == (mode["state"] == "unknown")
 
 
-def test_it_is_pure_and_reads_the_record_from_disk_alike(any_record):
-    first = summarise(any_record)
-    assert summarise(any_record) == first
-    assert summarise(RunRecord.load(any_record.path.parent)) == first
+def test_it_is_pure_and_reads_the_record_from_disk_alike(make, any_case, any_summary):
+    record = make(any_case)
+    assert summarise(record) == any_summary
+    assert summarise(RunRecord.load(record.path.parent)) == any_summary
 
 
 def test_states_are_those_a_replay_computes(make):
@@ -50,9 +50,9 @@ def test_states_are_those_a_replay_computes(make):
             assert shown == [e["estimate"], *e["interval"], e["state"]]
 
 
-def test_the_schema_is_itself_valid_and_refuses_strangers(make):
+def test_the_schema_is_itself_valid_and_refuses_strangers(summary_of):
     jsonschema.Draft202012Validator.check_schema(schema())
-    good = summarise(make("all_unknown"))
+    good = summary_of("all_unknown")
     for spoil in (
         lambda s: s.update(extra=1),
         lambda s: s["modes"].pop("alignment_erosion"),
@@ -108,8 +108,8 @@ def test_a_record_without_a_header_is_bad_input(tmp_path):
         ("nobody", "Utility is not known.", None),
     ],
 )
-def test_headlines(make, name, first, later):
-    said = summarise(make(name))["headline"]
+def test_headlines(summary_of, name, first, later):
+    said = summary_of(name)["headline"]
     assert first in said[0]
     assert later is None or any(later in sentence for sentence in said[1:])
     assert all(sentence.endswith(".") and ".." not in sentence for sentence in said)
@@ -121,36 +121,36 @@ def test_a_planted_failure_is_said(make):
     assert any("on purpose: alignment erosion (strength 2)" in sentence for sentence in said)
 
 
-def test_no_headline_calls_unknown_fine(make):
+def test_no_headline_calls_unknown_fine(summary_of):
     """False reassurance is the central failure: with one mode unknown, no sentence says all is clear."""
-    summary = summarise(make("all_clear"))
+    summary = summary_of("all_clear")
     summary["modes"]["fairness_collapse"]["state"] = "unknown"
     said = " ".join(headline(summary))
     assert "All six" not in said
     assert "five are clear and one is unknown, which is not a pass" in said
 
 
-def test_epsilon_is_infinite_once_anything_left_and_counts_a_crashed_round(make):
-    assert summarise(make("zero_rounds"))["privacy"]["epsilon"] == 0.0
-    crashed = summarise(make("crashed"))["privacy"]
+def test_epsilon_is_infinite_once_anything_left_and_counts_a_crashed_round(summary_of):
+    assert summary_of("zero_rounds")["privacy"]["epsilon"] == 0.0
+    crashed = summary_of("crashed")["privacy"]
     assert crashed["epsilon"] == "inf"
     assert crashed["charges"] == 6  # readings and update, in each of three rounds
     assert crashed["trust"] == "none"
     assert "no noise" in crashed["mechanism"]
 
 
-def test_nothing_measured_is_null_and_never_zero(make):
+def test_nothing_measured_is_null_and_never_zero(summary_of):
     for name in ("unscored", "nobody"):
-        for mode in summarise(make(name))["modes"].values():
+        for mode in summary_of(name)["modes"].values():
             assert mode["estimate"] is None
             assert mode["interval"] == [None, None]
             assert mode["state"] == "unknown"
-    rows = summarise(make("nobody"))["modes"]["amplified_bias"]["per_round"]
+    rows = summary_of("nobody")["modes"]["amplified_bias"]["per_round"]
     assert [row[0] is None for row in rows] == [True, False, True]
 
 
-def test_an_unscored_mode_is_told_what_it_lacks(make):
-    modes = summarise(make("unscored"))["modes"]
+def test_an_unscored_mode_is_told_what_it_lacks(summary_of):
+    modes = summary_of("unscored")["modes"]
     assert "100% of the clients could not score it" in modes["alignment_erosion"]["why"]
     assert modes["alignment_erosion"]["next"] == "give the clients a suite of role safety or persona"
 
@@ -211,8 +211,8 @@ def test_the_smallest_next_step_keeps_its_promise(make_from):
     assert found[Mode.AMPLIFIED_BIAS][1] == "clear"
 
 
-def test_upstream_evidence_weighs_only_modes_in_alarm(make):
-    summary = summarise(make("mixed"))
+def test_upstream_evidence_weighs_only_modes_in_alarm(summary_of):
+    summary = summary_of("mixed")
     modes = summary["modes"]
     (weighed,) = modes["alignment_erosion"]["upstream_evidence"]
     assert (weighed["mode"], weighed["edge"]) == ("adaptation_misalignment", "feedback")
@@ -247,9 +247,9 @@ def test_every_detail_is_a_coordinate_of_its_probe():
     assert set(LABELS) == set(Mode)
 
 
-def test_no_client_is_named_or_shown_alone(make):
+def test_no_client_is_named_or_shown_alone(summary_of):
     """Lists are as long as rounds, suites or modes: nothing in a summary has one entry for each client."""
-    summary = summarise(make("all_unknown"))
+    summary = summary_of("all_unknown")
     clients = summary["clients"]["population"]
     assert clients not in (summary["rounds"], len(summary["suites"]))
 
@@ -266,8 +266,8 @@ def test_no_client_is_named_or_shown_alone(make):
     assert all(len(item) != clients for item in found)
 
 
-def test_the_terminal_shows_all_six_within_its_width(any_record):
-    summary = summarise(any_record)
+def test_the_terminal_shows_all_six_within_its_width(any_summary):
+    summary = any_summary
     text = terminal(summary)
     assert max(map(len, text.splitlines())) <= 100
     assert "\x1b" not in text
@@ -281,26 +281,26 @@ def test_the_terminal_shows_all_six_within_its_width(any_record):
     assert not re.search(r"\b(nan|None|null)\b", text)
 
 
-def test_the_terminal_paints_only_when_asked(make):
-    summary = summarise(make("mixed"))
+def test_the_terminal_paints_only_when_asked(summary_of):
+    summary = summary_of("mixed")
     painted = terminal(summary, colour=True)
     assert "\x1b[1;31malarm\x1b[0m" in painted
     assert re.sub(r"\x1b\[[0-9;]*m", "", painted) == terminal(summary)
 
 
-def test_refusals_are_counted_by_reason_and_closed_rounds_say_why(make):
-    summary = summarise(make("protected"))
-    assert summary["clients"]["refused"] == {"wrong shape": 6}
+def test_refusals_are_counted_by_reason_and_closed_rounds_say_why(summary_of):
+    summary = summary_of("protected")
+    assert summary["clients"]["refused"] == {"wrong shape": 4}
     (round, why), *rest = summary["clients"]["not_opened"].items()
     assert (round, rest) == ("2", [])
-    assert why == "9 clients answered, and no sum over fewer than 72 is opened"
+    assert why == "9 clients answered, and no sum over fewer than 36 is opened"
     words = " ".join(terminal(summary, colour=False).split())
-    assert "refused 6 wrong shape" in words
+    assert "refused 4 wrong shape" in words
     assert "closed round 2: 9 clients answered" in words
 
 
-def test_a_protected_run_says_what_was_spent_and_what_epsilon_does_not_cover(make):
-    summary = summarise(make("protected"))
+def test_a_protected_run_says_what_was_spent_and_what_epsilon_does_not_cover(summary_of):
+    summary = summary_of("protected")
     privacy = summary["privacy"]
     assert 0 < privacy["epsilon"] <= privacy["budget"]["epsilon"] == 4.0
     assert (privacy["trust"], privacy["updates_private"], privacy["noise"]) == (

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from fedcanary.monitor.influence import FEEDBACK, PRIMARY
@@ -40,24 +41,8 @@ GLOSSARY: Final[Mapping[Mode, str]] = {
 
 def render(summary: Mapping[str, Any]) -> str:
     """The report as one self-contained HTML page."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        plain=unsigned,
-        amount=amount,
-        evidence=evidence,
-        short=short,
-        percent=percent,
-        sentence=sentence,
-        breakable=breakable,
-    )
     modes = [_mode(i, summary["modes"][mode], mode, summary) for i, mode in enumerate(Mode, start=1)]
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         s=summary,
         title=short(summary["title"], 160) or "Federated personalization run",
         modes=modes,
@@ -77,6 +62,28 @@ def render(summary: Mapping[str, Any]) -> str:
         digests=list(flat(summary["digests"])),
         environment=list(flat(summary["environment"])),
     )
+
+
+@cache
+def _template() -> Template:
+    """The page's template, compiled once."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        plain=unsigned,
+        amount=amount,
+        evidence=evidence,
+        short=short,
+        percent=percent,
+        sentence=sentence,
+        breakable=breakable,
+    )
+    return environment.get_template("report.html.j2")
 
 
 ON_ALARM: Final = {
@@ -293,11 +300,16 @@ def _pictures(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _asked(clients: Mapping[str, Any]) -> str:
-    asked = sorted({*clients["asked"]} - {0})
-    if not asked or asked == [clients["population"]]:
-        return "all"
-    return f"{asked[0]}" if len(asked) == 1 else f"{asked[0]} to {asked[-1]}"
+def _cohorts(clients: Mapping[str, Any]) -> str:
+    """Who answers and who only trains in a round."""
+
+    def each(counts: Sequence[int]) -> str:
+        known = sorted({*counts} - {0}) or [0]
+        return f"{known[0]}" if len(known) == 1 else f"{known[0]} to {known[-1]}"
+
+    asked = each(clients["asked"])
+    said = f"{'all' if asked in ('0', str(clients['population'])) else asked} in each round"
+    return said + (f", and {each(clients['also_trained'])} who only train" if any(clients["also_trained"]) else "")
 
 
 def _misses(clients: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -321,7 +333,7 @@ def _facts(summary: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     rows = [
         ("Base model", f"{model['source']} ({'language model' if model['task'] == 'causal' else 'classifier'})"),
         ("Adapter", f"LoRA, rank {model['lora']['r']}, on {_say(model['lora']['targets'])}"),
-        ("Clients", f"{clients['population']}, {_asked(clients)} in each round"),
+        ("Clients", f"{clients['population']}, {_cohorts(clients)}"),
         ("Data", _say(study["clients"]["source"])),
         ("Planted failures", "; ".join(plants) or "none"),
         (

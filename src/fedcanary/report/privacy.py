@@ -41,7 +41,8 @@ def privacy_of(record: RunRecord) -> dict[str, Any]:
         "mechanism": _mechanism(readings, training) if protected else "none: exact sums, no noise",
         "panel": _panel(study, header["clients"], protected),
         "updates": _updates(table, header, updates, protected),
-        "updates_private": not header["shared_parameters"] or _noised(table) or _trained(table),
+        "updates_private": "attached" not in header
+        and (not header["shared_parameters"] or _noised(table) or _trained(table)),
         "noise": table["noise"] if protected else "none",
         "charges": len(charges),
     }
@@ -92,6 +93,8 @@ def _noised(table: Mapping[str, Any]) -> bool:
 def _updates(
     table: Mapping[str, Any], header: Mapping[str, Any], event: Mapping[str, Any] | None, protected: bool
 ) -> str:
+    if "attached" in header:
+        return str(header["attached"]["updates"])
     if not header["shared_parameters"]:
         return "none: no part of the adapter is shared"
     if not protected:

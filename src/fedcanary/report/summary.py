@@ -124,6 +124,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "clients": {
             "population": header["clients"],
             "asked": [body["clients"] for body in rounds],
+            "also_trained": [body.get("also_trained", 0) for body in rounds],
             "failed": [body["failed"] for body in rounds],
             "answered": [_of(releases, body, UTILITY, lambda r: r.count, 0.0) for body in rounds],
             "refused": _refused(rounds),

@@ -110,7 +110,9 @@ def _privacy(privacy: Mapping[str, Any], noiseless: bool) -> str:
         f"epsilon {privacy['epsilon']:.3g}{budget}, delta {privacy['delta']:.3g} per {privacy['unit']}; "
         f"the server sees {short(privacy['server_sees'])}"
     )
-    if not privacy["updates_private"]:
+    if privacy["updates"].startswith("the app's own"):
+        said += "; it does not cover the app's own updates, which are outside of the contract"
+    elif not privacy["updates_private"]:
         said += "; the adapter updates left as exact sums, which this epsilon does not cover"
     if privacy["noise"] == "simulated":
         said += "; noise from the study's seed: a simulation"
