@@ -14,12 +14,11 @@ cut off anywhere goes on with the answers that had come, asks only for the other
 from __future__ import annotations
 
 import secrets
-import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Final
 
 import numpy as np
 from safetensors.torch import save
@@ -41,13 +40,16 @@ from fedcanary.privacy.contract import Reason, Request
 from fedcanary.privacy.release import Paying
 from fedcanary.privacy.seal import BITS, Terms, masking
 from fedcanary.privacy.secagg.messages import Message
+from fedcanary.record import NAME
 from fedcanary.types import Array, Item, Role
 
 QUERY: Final = "query.fedcanary"
 TOKENS: Final = 1024  # of public items that the base reads at once
+JOURNAL: Final = "flower.sqlite"
 CLOSED, SUM = "closed", "sum"  # kinds of entries beside those of answers, which are the asks'
+REASONS: Final = frozenset(reason.value for reason in Reason)
 LARGEST: Final = 1 << 31
-SETTLED: Final = 30.0  # seconds that are given to those who are late, where enough are there
+SETTLED: Final = 30.0  # seconds for those who are late where enough are there, and for a node to say who it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class Sum:
 
 
 class Unreachable(BadInput):
-    """Too few nodes are online to begin a round."""
+    """Too few nodes are online to go on; nothing is lost, and a run that is resumed goes on here."""
 
 
 class FlowerClients(Clients):
@@ -91,8 +93,6 @@ class FlowerClients(Clients):
     `registry` is the list of the clients' keys, for secure aggregation. `note` is told what is under way: the step, how
     many have answered, of how many. `refused` counts answers by the word of their refusal.
     """
-
-    remembers: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -107,10 +107,17 @@ class FlowerClients(Clients):
         self._setup, self._link, self._registry, self._patience, self._note = setup, link, registry, patience, note
         self.consent = Consent(setup, lambda client: out / "clients")
         self.refused: Counter[str] = Counter()
-        self._journal = Journal(out / "flower.sqlite")
+        self._new = not (out / JOURNAL).exists() and (out / NAME).exists()
+        self._journal = Journal(out / JOURNAL)
         self._client_of: dict[int, int | None] = {}  # by node; None for a node that is of no use here
+        self._silent: set[int] = set()  # nodes that did not say who they are
         self._sums: dict[int, Sum] = {}
         self._shared = sum(tensor.numel() for tensor in setup.shared.values())
+
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]
+        """Not where a run goes on without its journal: clients mask what they measured once, and in no other sum."""
+        return not self._new
 
     def base_answers(self, role: Role) -> tuple[tuple[Item, ...], Array]:
         """As the base reads them here: its readings are public."""
@@ -147,11 +154,12 @@ class FlowerClients(Clients):
         asked = {c: fields | {"request": request.model_dump_json()} for c in cohort}
         asked |= {c: fields | {"request": silent.model_dump_json()} for c in trainers}
         label, sum = str(t), None
+        least = min(privacy_terms.floor(self._setup.study, len(cohort)), len(everyone))
         begun = self._journal.get(SUM, str(t)) or str(t).encode()
         if self._journal.get(CLOSED, f"{TRAIN} {begun.decode()}") is None:
-            self._gathered(everyone, min(privacy_terms.floor(self._setup.study, len(cohort)), len(everyone)))
+            self._gathered(everyone, least)
         if terms.trust == "secure_aggregation":
-            sum = self._agreed(t, Cohort(list(cohort), trainers=tuple(trainers)))
+            sum = self._agreed(t, Cohort(list(cohort), trainers=tuple(trainers)), least)
             self.masked = UnderMasks(sum, self._step, lambda: self._ahead(t + 1))
             asked = {
                 c: asked[c] | {"sum": sum.name, "message": message.to_bytes()}
@@ -161,7 +169,7 @@ class FlowerClients(Clients):
             label = sum.name
         group = Group(TRAIN, t, label, {c: Ask(TRAIN, fields) for c, fields in asked.items()})
         heard = set()
-        for _, client, answer in self._exchange("train", self._patience.train, group):
+        for _, client, answer in self._exchange("train", self._patience.train, group, least=least):
             if (one := self._sent(client, answer, sum, terms)) is not None:
                 heard.add(client)
                 yield [one]
@@ -172,24 +180,23 @@ class FlowerClients(Clients):
         """What a client's answer to its training is; None if it is nothing that can be used."""
         said = answer.fields
         if isinstance(words := said.get("reasons"), str):
-            known = {reason.value for reason in Reason}
-            return Sent(client, None, [word for word in words.split(",") if word in known])
+            return Sent(client, None, [word for word in words.split(",") if word in REASONS])
         message, vector = said.get("message"), said.get("vector")
         if sum is not None and isinstance(message, bytes):
             return Sent(client, None, masked=True) if sum.server.collect(client, message) else None
-        if sum is None and isinstance(vector, bytes) and len(vector) % 8 == 0:
+        if sum is None and isinstance(vector, bytes) and len(vector) == 8 * self._length(terms):
             kind = np.float64 if terms.trust == "none" else np.int64
             return Sent(client, np.frombuffer(vector, dtype=kind))
         return None
 
     # --- secure aggregation
 
-    def _agreed(self, t: int, cohort: Cohort) -> Sum:
+    def _agreed(self, t: int, cohort: Cohort, least: int) -> Sum:
         """The round's secure sum, ready for training; what it lacks of its first two exchanges is made up for.
 
         Where too few take part it begins anew, under another name, for as long as there is patience.
         """
-        end = time.monotonic() + self._patience.nodes
+        end = self._link.clock() + self._patience.nodes
         while True:
             sum = self._sums.pop(t, None) or self._begun(t, cohort)
             try:
@@ -198,9 +205,11 @@ class FlowerClients(Clients):
                 return sum
             except secagg.Aborted as error:
                 self._journal.delete(SUM, str(t))
-                if time.monotonic() > end:
-                    what = f"its clients could not agree on keys: {error}"
+                if self._link.clock() > end:
+                    what = f"its clients could not agree on keys: {error}{self._words()}"
                     raise Unreachable.of(f"round {t}", what, "see why their nodes do not answer, and resume") from error
+                self._link.sleep(self._link.poll)
+                self._gathered([*cohort.clients, *cohort.trainers], least)
 
     def _ahead(self, t: int) -> Sum | None:
         """The secure sum of a round to come; None if there is no such round, or nobody for it."""
@@ -221,12 +230,16 @@ class FlowerClients(Clients):
             name,
             contract=self.consent.contract.digest,
             registry=self._registry,
-            length=terms.length(privacy_terms.layout(self._setup), self._shared),
+            length=self._length(terms),
             floor=terms.floor,
             dropouts=terms.dropouts,
         )
         server = secagg.Server(agreed, self._registry, everyone)
         return Sum(name, t, len(cohort.clients), server, KEYS, dict.fromkeys(everyone))
+
+    def _length(self, terms: Terms) -> int:
+        """Of a sealed vector."""
+        return terms.length(privacy_terms.layout(self._setup), self._shared)
 
     def _step(self, sum: Sum, ahead: Sum | None = None) -> Sum | None:
         """One exchange: the next step of a sum, and beside it of the one that comes after it.
@@ -238,7 +251,9 @@ class FlowerClients(Clients):
         """
         sums = [one for one in (sum, ahead) if one is not None]
         by_label = {one.name: one for one in sums}
-        for group, client, answer in self._exchange(QUERY, self._patience.step, *map(self._group, sums)):
+        # the round's vectors are in a sum that is at one of these steps, and lost if too few come to it
+        least = sum.server.terms.minimum if sum.step in (AGREE, UNMASK) else 0
+        for group, client, answer in self._exchange(QUERY, self._patience.step, *map(self._group, sums), least=least):
             message = answer.fields.get("message")
             if isinstance(message, bytes):
                 by_label[group.label].server.collect(client, message)
@@ -265,10 +280,16 @@ class FlowerClients(Clients):
 
     # --- exchanges
 
-    def _exchange(self, message_type: str, timeout: float, *groups: Group) -> Iterator[tuple[Group, int, Answer]]:
+    def _exchange(
+        self, message_type: str, timeout: float, *groups: Group, least: int = 0
+    ) -> Iterator[tuple[Group, int, Answer]]:
         """Yield answers as they come, those first that had come before the run was cut off.
 
-        An exchange that was closed is not opened again: what was made of its answers must be made of them again.
+        An exchange that was closed is not opened again: what was made of its answers must be made of them again. It is
+        not opened before so many of the first group's clients have answered or are online that it has `least` answers.
+
+        Raises:
+            Unreachable: they do not come.
         """
         waiting: dict[int, list[tuple[Group, Ask]]] = {}
         for group in groups:
@@ -282,6 +303,8 @@ class FlowerClients(Clients):
             if self._journal.get(CLOSED, f"{group.kind} {group.label}") is None:
                 for client in group.asks.keys() - heard:
                     waiting.setdefault(client, []).append((group, group.asks[client]))
+            if group is groups[0] and waiting and len(heard) < least:
+                self._gathered(list(waiting), least - len(heard), settled=0.0)
         done, everyone = 0, len(waiting)
         node_of = self._reached() if waiting else {}
         client_of = {node_of[client]: client for client in waiting if client in node_of}
@@ -291,7 +314,9 @@ class FlowerClients(Clients):
         for node, answers in self._link.exchange(parcels, message_type, timeout, str(groups[0].round)):
             client, asked = client_of[node], {ask.id: group for group, ask in waiting[client_of[node]]}
             self.refused.update(_word(answer.refused) for answer in answers if answer.refused)
-            told = [(asked[answer.ask], answer) for answer in answers if not answer.refused]
+            told = [
+                (asked[answer.ask], self._listed(asked[answer.ask], answer)) for answer in answers if not answer.refused
+            ]
             self._journal.put(*(Entry(g.kind, f"{g.label}/{client}", g.round, encode([a])) for g, a in told))
             done += 1
             self._note(step, done, everyone)
@@ -299,32 +324,56 @@ class FlowerClients(Clients):
                 yield group, client, answer
         self._journal.put(*(Entry(CLOSED, f"{group.kind} {group.label}", group.round, b"") for group in groups))
 
-    def _gathered(self, clients: Sequence[int], least: int) -> None:
-        """Wait until all of these are online, or for `SETTLED` seconds as long as there are enough.
+    def _listed(self, group: Group, answer: Answer) -> Answer:
+        """Of an answer, what answers of its kind say; the rest goes no further, and not into the journal."""
+        kinds: dict[str, type] = {"message": bytes}
+        if group.kind == TRAIN:
+            kinds |= (
+                {"reasons": str}
+                if self.consent.contract.trust == "secure_aggregation"
+                else {"reasons": str, "vector": bytes}
+            )
+        said = {name: value for name, value in answer.fields.items() if type(value) is kinds.get(name)}
+        if isinstance(words := said.get("reasons"), str):
+            said = {"reasons": ",".join(word for word in words.split(",") if word in REASONS)}
+        return Answer(answer.ask, said)
+
+    def _gathered(self, clients: Sequence[int], least: int, settled: float = SETTLED) -> None:
+        """Wait until all of these are online, or for `settled` seconds as long as there are enough.
 
         Raises:
             Unreachable: there are not enough within the time there is.
         """
-        start = time.monotonic()
-        self._client_of = {node: client for node, client in self._client_of.items() if client is not None}
+        start = self._link.clock()
+        if settled:  # once a round: who was of no use, or silent, may have been started anew
+            self._client_of = {node: client for node, client in self._client_of.items() if client is not None}
+            self._silent.clear()
         while True:
             there = self._reached().keys() & set(clients)
-            passed = time.monotonic() - start
-            if len(there) == len(clients) or (len(there) >= least and passed >= SETTLED):
+            passed = self._link.clock() - start
+            if len(there) == len(clients) or (len(there) >= least and passed >= settled):
                 return
             if passed >= self._patience.nodes:
                 what = f"{len(there)} of {len(clients)} clients are online and of this contract, {least} are needed"
-                what += "".join(f"; {word}: {times}" for word, times in self.refused.items())
-                raise Unreachable.of("nodes", what, "start their nodes (see their logs), and resume")
+                raise Unreachable.of("nodes", what + self._words(), "start their nodes (see their logs), and resume")
+            if len(there) < least:
+                self._silent.clear()
             self._note("waiting for nodes", len(there), len(clients))
             self._link.sleep(min(self._link.poll, self._patience.nodes - passed))
 
+    def _words(self) -> str:
+        return "".join(f"; {word}: {times}" for word, times in sorted(self.refused.items()))
+
     def _reached(self) -> dict[int, int]:
-        """The node of every client that is online; nodes that were not seen before are asked who they are."""
+        """The node of every client that is online; nodes that were not seen before are asked who they are, once."""
         online = self._link.nodes()
-        if new := [node for node in online if node not in self._client_of]:
-            ask = Ask(HELLO, {})
-            for node, (answer,) in self._link.exchange({n: [ask] for n in new}, QUERY, self._patience.step, HELLO):
+        # one that was gone and is back may be another than it was
+        self._client_of = {node: client for node, client in self._client_of.items() if node in online}
+        if new := [node for node in online if node not in self._client_of and node not in self._silent]:
+            self._silent.update(new)
+            ask, patience = Ask(HELLO, {}), min(self._patience.step, SETTLED)
+            for node, (answer,) in self._link.exchange({node: [ask] for node in new}, QUERY, patience, HELLO):
+                self._silent.discard(node)
                 self._client_of[node] = self._known(answer)
         found: dict[int, int] = {}
         for node in online:

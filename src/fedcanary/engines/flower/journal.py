@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -41,16 +41,18 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
-        try:
-            path.chmod(0o600)
-            for pragma in ("journal_mode = DELETE", "synchronous = FULL", "secure_delete = ON"):
-                self._db.execute(f"PRAGMA {pragma}")
-            self._db.execute(SCHEMA)
-        except (sqlite3.Error, OSError) as error:
-            self._db.close()
-            raise BadInput.of(str(path), f"is no journal that can be written ({error})", "move it away") from error
+        with ExitStack() as undo:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
+                undo.callback(self._db.close)
+                path.chmod(0o600)
+                for pragma in ("journal_mode = DELETE", "synchronous = FULL", "secure_delete = ON"):
+                    self._db.execute(f"PRAGMA {pragma}")
+                self._db.execute(SCHEMA)
+                undo.pop_all()
+            except (sqlite3.Error, OSError) as error:
+                raise BadInput.of(str(path), f"is no journal that can be written ({error})", "move it away") from error
 
     def __enter__(self) -> Self:
         return self
@@ -87,17 +89,23 @@ class Journal:
         with self._transaction():
             self._db.execute("DELETE FROM entry WHERE kind = ? AND key = ?", (kind, key))
 
-    def forget(self, before: int, keep: str = "") -> None:
-        """Delete the entries of earlier rounds, but for those of one kind."""
+    def forget(self, before: int) -> None:
+        """Delete the entries of earlier rounds."""
         with self._transaction():
-            self._db.execute("DELETE FROM entry WHERE round < ? AND kind != ?", (before, keep))
+            self._db.execute("DELETE FROM entry WHERE round < ?", (before,))
+
+    def latest(self) -> int:
+        """The latest round of any entry; 0 if there is none."""
+        (round,) = self._db.execute("SELECT max(round) FROM entry").fetchone()
+        return round or 0
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # SQLite may have rolled it back by itself: a full disk
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")

@@ -8,23 +8,28 @@
     agree    round, sum, message: Survivors          message: Agreement
     unmask   round, sum, message: Agreements         message: Unmasking
 
-`sum` names one secure sum and never comes twice. Instead of these fields a client that does not agree to a request
-says `reasons`, words of its contract; whatever else goes wrong is one word of refusal, and never an exception's text.
+`sum` names one secure sum of one round and never comes twice. Instead of these fields a client that does not agree to a
+request says `reasons`, words of its contract; whatever else goes wrong is one word of refusal, and never an exception's
+text.
 
-What a client measured in a round is sealed once. Asked for it again, in another secure sum too (a server may have lost
-what it knew), it says the same bytes, until it has helped to unmask them. Two sums may then hold one client's bytes,
-and tell no more than sums over the floor do: who helped to open the first takes no part in the second, and they alone
-are more than the floor.
+What a client measured in a round is sealed once, and leaves it once: masked in one secure sum, and in no other. So no
+two sums of a round have a client in common, and their difference tells no more than they do. Were it enough not to
+help twice with unmasking, half of a large cohort could open a sum with some client in it, and the other half the same
+sum without. Rounds do not go back, so what is forgotten with a round is never needed to know that it is over.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sqlite3
+import struct
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -46,14 +51,14 @@ if TYPE_CHECKING:
     from fedcanary.engines.setup import Setup
 
 HELLO, KEYS, SHARE, TRAIN, AGREE, UNMASK = "hello", "keys", "share", "train", "agree", "unmask"
-JOURNAL: Final = "journal.sqlite"
+JOURNAL, ERRORS = "journal.sqlite", "errors.log"
 ANSWER, SESSION, BEGUN, SEALED = "answer", "session", "begun", "sealed"  # kinds of entries in it
-OPENED: Final = b"opened"  # in place of a sealed vector
-FAILED: Final = "failed"
+GIVEN: Final = b"given"  # in place of a sealed vector that has left
+FAILED, NO_JOURNAL = "failed", "no_journal"
 # every word of refusal that a node of ours says, those of `secagg.Client` among them; a server repeats no others
 WORDS: Final = frozenset(
     {
-        *(FAILED, "malformed", "unknown_kind", "unknown_sum", "wrong_cohort", "wrong_round", "wrong_step"),
+        *(FAILED, NO_JOURNAL, "malformed", "unknown_kind", "unknown_sum", "wrong_cohort", "wrong_round", "wrong_step"),
         *("bad_advert", "bad_key", "bad_roster", "bad_signature", "bad_state", "bad_survivors", "no_agreement"),
         *("overflow", "too_few_neighbours", "too_few_survivors", "already_answered"),
     }
@@ -67,7 +72,11 @@ M = TypeVar("M", bound=Message)
 
 
 class Wrong(Exception):
-    """An ask that cannot be answered; its one word of our own is all that is said of it."""
+    """An ask that cannot be answered; its one word of our own is all that is said of it, and what is kept with it."""
+
+    def __init__(self, word: str, *kept: Entry) -> None:
+        self.word, self.kept = word, kept
+        super().__init__(word)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,7 @@ class Facts:
     trust: str
     min_cohort: int
     dropouts: float
+    rounds: int
     length: int  # of a sealed vector
 
 
@@ -117,7 +127,8 @@ class Host:
         from fedcanary.engines import privacy_terms
         from fedcanary.engines.consent import contract_of
 
-        name = hashlib.blake2b(self._study.read_bytes() + __version__.encode(), digest_size=8).hexdigest()
+        kind = " ".join([__version__, *(one.name for one in fields(Facts))])
+        name = hashlib.blake2b(self._study.read_bytes() + kind.encode(), digest_size=8).hexdigest()
         file = self.folder / f"facts-{name}.json"
         if file.exists():
             return Facts(**json.loads(file.read_text("utf-8")))
@@ -131,6 +142,7 @@ class Host:
             trust=contract.trust,
             min_cohort=contract.min_cohort,
             dropouts=contract.dropouts,
+            rounds=contract.rounds,
             length=terms.length(privacy_terms.layout(setup), shared),
         )
         draft = file.with_suffix(".part")
@@ -155,8 +167,12 @@ class Node:
 
     def answer(self, asks: Sequence[Ask]) -> list[Answer]:
         """One answer to each; each is on the disk before it is returned, and is the same when the ask comes again."""
-        with Journal(self._place / JOURNAL) as journal, journal.alone():
-            return [self._answer(journal, ask) for ask in asks]
+        try:
+            with Journal(self._place / JOURNAL) as journal, journal.alone():
+                return [self._answer(journal, ask) for ask in asks]
+        except Exception:  # without a journal nothing is answered; what had been is there when it is asked again
+            self._note()
+            return [Answer(ask.id, {}, NO_JOURNAL) for ask in asks]
 
     def _answer(self, journal: Journal, ask: Ask) -> Answer:
         if known := journal.get(ANSWER, ask.id):
@@ -167,18 +183,25 @@ class Node:
             if ask.kind not in STEPS:
                 raise Wrong("unknown_kind")
             round = _field(ask, "round", int)
-            fields, entries = STEPS[ask.kind](self, journal, ask, round)
-            answer = Answer(ask.id, fields)
-            journal.put(*entries, Entry(ANSWER, ask.id, round, encode([answer])))
-            journal.forget(round - 1, keep=SEALED)  # agree of a round comes with keys of the next
-            return answer
+            if not max(1, journal.latest() - 1) <= round <= self._host.facts.rounds:
+                raise Wrong("wrong_round")  # agree of a round comes with keys of the next
+            said, entries = STEPS[ask.kind](self, journal, ask, round)
+            return self._kept(journal, Answer(ask.id, said), round, entries)
+        except Wrong as wrong:
+            answer = Answer(ask.id, {}, wrong.word)
+            return self._kept(journal, answer, wrong.kept[0].round, wrong.kept) if wrong.kept else answer
         except secagg.Refusal as refusal:
             return Answer(ask.id, {}, refusal.reason)
-        except Wrong as wrong:
-            return Answer(ask.id, {}, str(wrong))
+        except sqlite3.Error:
+            raise
         except Exception:  # whatever it says may hold what the client has: that stays here
             self._note()
             return Answer(ask.id, {}, FAILED)
+
+    def _kept(self, journal: Journal, answer: Answer, round: int, entries: Sequence[Entry]) -> Answer:
+        journal.put(*entries, Entry(ANSWER, answer.ask, round, encode([answer])))
+        journal.forget(round - 1)
+        return answer
 
     def _hello(self) -> dict[str, Value]:
         facts = self._host.facts
@@ -200,43 +223,46 @@ class Node:
 
     def _note(self) -> None:
         """What went wrong, for who runs this client."""
-        with (self._place / "errors.log").open("a", encoding="utf-8") as file:
-            file.write(traceback.format_exc())
+        text = traceback.format_exc()
+        try:
+            self._place.mkdir(parents=True, exist_ok=True)
+            with open(self._place / ERRORS, "a", encoding="utf-8", opener=_private) as file:
+                file.write(text)
+        except OSError:
+            print(text, file=sys.stderr)
 
     def _keys(self, journal: Journal, ask: Ask, round: int) -> Said:
         sum, cohort = _field(ask, "sum", str), _field(ask, "cohort", int)
         if journal.get(SESSION, sum) is not None:
             raise Wrong("wrong_step")
         one = secagg.Client(self._client, self._identity(), self._host.registry, self._terms(sum, cohort))
-        return self._said(one, one.advertise(), sum, round, cohort)
+        return self._said(one, one.advertise, sum, round, cohort)
 
     def _share(self, journal: Journal, ask: Ask, round: int) -> Said:
         sum, one, cohort = self._session(journal, ask, round)
-        return self._said(one, one.share(_message(ask, Roster)), sum, round, cohort)
+        return self._said(one, partial(one.share, _message(ask, Roster)), sum, round, cohort)
 
     def _agree(self, journal: Journal, ask: Ask, round: int) -> Said:
         sum, one, cohort = self._session(journal, ask, round)
-        return self._said(one, one.agree(_message(ask, Survivors)), sum, round, cohort)
+        return self._said(one, partial(one.agree, _message(ask, Survivors)), sum, round, cohort)
 
     def _unmask(self, journal: Journal, ask: Ask, round: int) -> Said:
         sum, one, cohort = self._session(journal, ask, round)
-        kept = journal.get(SEALED, str(round)) or b""
-        if kept[32:] == OPENED:
-            raise Wrong(Reason.ANSWERED)
-        said = one.unmask(_message(ask, Agreements))
-        opened = Entry(SEALED, str(round), round, kept[:32] + OPENED)
-        fields, entries = self._said(one, said, sum, round, cohort)
-        return fields, [*entries, opened]
+        return self._said(one, partial(one.unmask, _message(ask, Agreements)), sum, round, cohort)
 
     def _train(self, journal: Journal, ask: Ask, round: int) -> Said:
-        request = Request.model_validate_json(_field(ask, "request", str))
+        try:
+            request = Request.model_validate_json(_field(ask, "request", str))
+        except ValueError:
+            raise Wrong("malformed") from None
         if request.round != round:
             raise Wrong("wrong_round")
         asked = {name: value for name, value in ask.fields.items() if name not in ("sum", "message")}
         about = Ask(TRAIN, asked).id.encode()  # what is measured, whatever sum it goes into
         kept = journal.get(SEALED, str(round))
-        if kept is not None and (kept[:32] != about or kept[32:] == OPENED):
+        if kept is not None and (kept[:32] != about or kept[32:] == GIVEN):
             return {"reasons": Reason.ANSWERED.value}, []
+        given = Entry(SEALED, str(round), round, about + GIVEN)
         if kept is None:
             # Cut off in the middle, the ledger has paid and nothing has left: a journal that is lost cannot say so.
             self._host.clients.consent.silent = journal.get(BEGUN, str(round)) is not None
@@ -244,20 +270,22 @@ class Node:
             vector, reasons = self._measured(request, ask)
             if vector is None:
                 return {"reasons": ",".join(reasons)}, []
-            entry = Entry(SEALED, str(round), round, about + vector.tobytes())
         else:
-            vector = np.frombuffer(kept[32:], dtype=np.float64 if self._host.facts.trust == "none" else np.int64)
-            entry = Entry(SEALED, str(round), round, kept)
+            vector = np.frombuffer(kept[32:], dtype=np.int64)
         if self._host.facts.trust != "secure_aggregation":
-            return {"vector": vector.tobytes()}, [entry]
-        journal.put(entry)  # or a sum that ends here would cost the client its round
+            return {"vector": vector.tobytes()}, [given]
+        # a sum that ends before it is masked must not cost the client its round
+        journal.put(Entry(SEALED, str(round), round, about + vector.tobytes()))
         sum, one, cohort = self._session(journal, ask, round)
         if cohort != request.cohort:
             raise Wrong("wrong_cohort")
-        return self._said(one, one.mask(_message(ask, Delivery), secagg.encode(vector, 64)), sum, round, cohort)
+        mask = partial(one.mask, _message(ask, Delivery), secagg.encode(vector, 64))
+        said, entries = self._said(one, mask, sum, round, cohort)
+        return said, [*entries, given]
 
     def _measured(self, request: Request, ask: Ask) -> tuple[Sealed | None, Sequence[str]]:
         """What the client seals for this request; or the reasons why it says nothing. Its ledger is charged."""
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         from fedcanary.engines import privacy_terms
@@ -265,8 +293,11 @@ class Node:
         clients, setup = self._host.clients, self._host.setup
         clip = _field(ask, "clip", float) if "clip" in ask.fields else None
         terms = privacy_terms.terms(setup.study, request.cohort, setup.probes, clip)
-        line = [int(word) for word in _field(ask, "line", str).split(",") if word]
-        shared = load(_field(ask, "shared", bytes))
+        try:
+            line = [int(word) for word in _field(ask, "line", str).split(",") if word]
+            shared = load(_field(ask, "shared", bytes))
+        except (ValueError, SafetensorError):
+            raise Wrong("malformed") from None
         answering, training = ([self._client], []) if request.probes else ([], [self._client])
         (sent,) = (s for part in clients.work(request, answering, shared, terms, line, training) for s in part)
         return sent.vector, sent.refused
@@ -276,14 +307,22 @@ class Node:
         kept = journal.get(SESSION, sum)
         if kept is None:
             raise Wrong("unknown_sum")
-        cohort = int.from_bytes(kept[:8], "little")
-        one = secagg.Client.from_bytes(kept[8:], self._identity(), self._host.registry, self._terms(sum, cohort))
+        cohort, begun = struct.unpack_from("<QQ", kept)
+        if begun != round:
+            raise Wrong("wrong_round")
+        one = secagg.Client.from_bytes(kept[16:], self._identity(), self._host.registry, self._terms(sum, cohort))
         return sum, one, cohort
 
-    def _said(self, one: secagg.Client, message: Message, sum: str, round: int, cohort: int) -> Said:
-        """The answer, and the state that is kept with it."""
-        state = cohort.to_bytes(8, "little") + one.to_bytes()
-        return {"message": message.to_bytes()}, [Entry(SESSION, sum, round, state)]
+    def _said(self, one: secagg.Client, step: Callable[[], Message], sum: str, round: int, cohort: int) -> Said:
+        """A step's answer, and the state that is kept with it; after a refusal too, for then none may follow."""
+
+        def state() -> Entry:
+            return Entry(SESSION, sum, round, struct.pack("<QQ", cohort, round) + one.to_bytes())
+
+        try:
+            return {"message": step().to_bytes()}, [state()]
+        except secagg.Refusal as refusal:
+            raise Wrong(refusal.reason, state()) from None
 
 
 STEPS: Final[Mapping[str, Callable[[Node, Journal, Ask, int], Said]]] = {
@@ -307,3 +346,7 @@ def _message(ask: Ask, kind: type[M]) -> M:
     if not isinstance(message, kind):
         raise Wrong("wrong_step")
     return message
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
