@@ -89,7 +89,7 @@ def run(
     kept = adapters.load(round_folder(out, lineage(past)[0]))
     shared = {name: kept[name] for name in setup.shared}
     to_come = () if act.held(record) else range(record.rounds + 1, study.rounds + 1)
-    with _interruptible() as interrupted, Protection(setup, record, clients.remembers) as protected:
+    with _interruptible() as interrupted, Protection(setup, record, clients.remembers, clients.there) as protected:
         clients.upcoming = protected.cohort
         for t in to_come:
             started = time.monotonic()

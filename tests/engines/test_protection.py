@@ -82,7 +82,7 @@ def test_panels_of_a_window_are_disjoint_whoever_is_away():
         used: list[int] = []
         protected = object.__new__(Protection)
         protected._study, protected._clients, protected._used, protected._given_up = setup.study, 40, set(), set()
-        protected._drawn = {}
+        protected._drawn, protected._there = {}, None
         for round in range(1, 9):
             cohort = protected.cohort(round)
             assert bool(cohort.clients) == (cohort.why_none == "")

@@ -37,13 +37,15 @@ class Clients(ABC):
     """A run's clients, as the server reaches them.
 
     `remembers`: asked for the same round again, they send what they sent before, to the byte. `masked` is where their
-    vectors are after `work`, if they mask them themselves. `upcoming` tells who takes part in a round to come.
+    vectors are after `work`, if they mask them themselves. `upcoming` tells who takes part in a round to come. `there`
+    tells for a round who can be drawn for it, where not the study says who is there but an app it is attached to.
     """
 
     consent: Consent
     remembers: ClassVar[bool] = False
     masked: Masked | None = None
     upcoming: Callable[[int], Cohort]
+    there: Callable[[int], Callable[[int], bool]] | None = None
 
     @abstractmethod
     def base_answers(self, role: Role) -> tuple[tuple[Item, ...], Array]:

@@ -193,6 +193,10 @@ class Consent:
         self._fresh_noise = setup.study.privacy.noise == "system"
         self.silent = False
 
+    def hold_to(self, policies: Callable[[int], ClientPolicy]) -> None:
+        """Have the clients allow what these say, where the study names no folder of theirs."""
+        self._policies = policies
+
     def request(self, round: int, cohort: int, about: Question | None = None) -> Request:
         """What the server asks in a round: everything that the contract lists, and perhaps a drill-down."""
         c = self.contract
@@ -230,7 +234,7 @@ class Consent:
                 reasons.append(Reason.ANSWERED)
             for reason in reasons:
                 ledger.note_refusal(reason)
-            if not reasons and request.probes and self.contract.trust != "none":
+            if not reasons and not again and request.probes and self.contract.trust != "none":
                 ledger.charge(self._charge(request.round, first=not answered))
         return reasons
 

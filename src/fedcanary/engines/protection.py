@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,13 +45,24 @@ class Protection:
         Refused: the ledger was changed or rolled back.
     """
 
-    def __init__(self, setup: Setup, record: RunRecord, remembered: bool = False) -> None:
-        """`remembered`: a round begun again gets from its clients what they said before, to the byte."""
+    _there: Callable[[int], Callable[[int], bool]] | None = None
+
+    def __init__(
+        self,
+        setup: Setup,
+        record: RunRecord,
+        remembered: bool = False,
+        there: Callable[[int], Callable[[int], bool]] | None = None,
+    ) -> None:
+        """`remembered`: a round begun again gets from its clients what they said before, to the byte.
+
+        `there`: who can be drawn for a round, if not the study says it; asked once for each round, in their order.
+        """
         privacy_terms.check(setup)
         self._remembered = remembered and setup.study.privacy.trust != "central"  # whose noise is the server's
         self._study, self._layout, self._probes = setup.study, privacy_terms.layout(setup), setup.probes
         self._record, self._run = record, setup.study.digest
-        self._clients = len(setup.population)
+        self._clients, self._there = len(setup.population), there
         self._used: set[int] = set()
         self._drawn: dict[int, Cohort] = {}
         self._given_up: set[int] = set()
@@ -93,7 +104,10 @@ class Protection:
 
     def _draw(self, round: int) -> Cohort:
         study, privacy = self._study, self._study.privacy
-        there = panel.available(study.seed, round, self._clients, study.clients.available)
+        if self._there is not None:
+            there = self._there(round)
+        else:
+            there = panel.available(study.seed, round, self._clients, study.clients.available)
         if not privacy.rotates:
             drawn = panel.draw(study.seed, round, self._clients, study.clients.per_round, there)
         else:

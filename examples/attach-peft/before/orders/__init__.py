@@ -1,0 +1,1 @@
+"""A federation of shops that teaches a language model which orders they take."""

@@ -1,0 +1,1 @@
+"""A federation of lenders that learns which requests are granted."""
