@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import shutil
@@ -32,6 +33,24 @@ UNFAIR = (Role.BIAS, Role.STEREOTYPE)
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def read_once():
+    """The bundled model is read from disk once for each way of asking; a load is a copy, for adapters go into it."""
+    load, known = models.load, {}
+
+    def copied(source: str, **how: object) -> BaseModel:
+        key = tuple(sorted(how.items()))
+        if source != models.BUNDLED:
+            return load(source, **how)
+        if key not in known:
+            known[key] = load(source, **how)
+        return replace(known[key], model=copy.deepcopy(known[key].model), _encoded={})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load", copied)
+        yield
 
 
 @pytest.fixture(scope="module")

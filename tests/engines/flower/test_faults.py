@@ -400,7 +400,7 @@ def test_soak_200_rounds_with_one_of_six_failing_every_third(room):
             snapshot = tracemalloc.take_snapshot().filter_traces(without)
             used.append(sum(trace.size for trace in snapshot.traces))
             journals.append(sum(file.stat().st_size for file in room.rglob("*.sqlite") if file.name != LEDGER))
-            objects.append(sum(isinstance(one, (secagg.Server, secagg.Client, Sum)) for one in gc.get_objects()))
+            objects.append(sum(type(one) in (secagg.Server, secagg.Client, Sum) for one in gc.get_objects()))
 
     tracemalloc.start()
     began = time.process_time()

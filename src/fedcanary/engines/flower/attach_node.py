@@ -49,7 +49,6 @@ NO_ARRAYS, OTHER_ARRAYS, NO_BASE, OTHER_BASE = "no_arrays", "other_arrays", "no_
 WORDS: Final = frozenset({NO_ARRAYS, OTHER_ARRAYS, NO_BASE, OTHER_BASE})
 RUN: Final = re.compile(r"[0-9a-f]{16}")
 BASE, POLICY, CLIENTS = "base.safetensors", "policy.toml", "clients"
-KEPT: Final = 4  # models whose readings of the public items stay in memory
 
 
 def own(folder: Path, client: int) -> Path:
@@ -72,29 +71,33 @@ class Public:
     def __init__(self, setup: AppSetup) -> None:
         self._setup = setup
         self._items = {role: items for role, items in setup.items.items() if items}
-        self._said: dict[str, dict[Role, Array]] = {}
-
-    def said(self, arrays: Adapter) -> Mapping[Role, Array]:
-        """(n, C) of each role, for a model with these arrays."""
-        name = adapters.digest(arrays)
-        if name not in self._said:
-            whole = tuple(item for items in self._items.values() for item in items)
-            table, found, at = self._setup.reader.said(arrays, Own(whole)), {}, 0
-            for role, items in self._items.items():
-                found[role] = table[at : at + len(items)]
-                at += len(items)
-            while len(self._said) >= KEPT:  # the base's, which came first, stays
-                del self._said[next(reversed(self._said))]
-            self._said[name] = found
-        return self._said[name]
+        self._known: dict[str, Mapping[Role, Array]] = {}
 
     def answers(self, base: Adapter, received: Adapter, returned: Adapter) -> dict[Role, Answers]:
         """What three models say to every suite."""
-        tables = [self.said(arrays) for arrays in (base, received, returned)]
+        tables = [self._kept(base), self._kept(received), self._said(returned)]
         return {
             role: Answers(items=items, base=tables[0][role], received=tables[1][role], personalized=tables[2][role])
             for role, items in self._items.items()
         }
+
+    def _kept(self, arrays: Adapter) -> Mapping[Role, Array]:
+        """What the base said, and the model that clients received last: others of the process ask for it too."""
+        name = adapters.digest(arrays)
+        if name not in self._known:
+            if len(self._known) > 1:  # the base's came first, and stays
+                self._known.popitem()
+            self._known[name] = self._said(arrays)
+        return self._known[name]
+
+    def _said(self, arrays: Adapter) -> Mapping[Role, Array]:
+        """(n, C) of each role, for a model with these arrays."""
+        whole = tuple(item for items in self._items.values() for item in items)
+        table, found, at = self._setup.reader.said(arrays, Own(whole)), {}, 0
+        for role, items in self._items.items():
+            found[role] = table[at : at + len(items)]
+            at += len(items)
+        return found
 
 
 class AppClients(Clients):

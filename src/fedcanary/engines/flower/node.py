@@ -145,7 +145,7 @@ class Host:
             rounds=contract.rounds,
             length=terms.length(privacy_terms.layout(setup), shared),
         )
-        draft = file.with_suffix(".part")
+        draft = file.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps(asdict(facts)), "utf-8")
         draft.replace(file)
         return facts
