@@ -8,6 +8,9 @@ import pytest
 from federation import Federation
 
 from fedcanary import pipeline
+from fedcanary.engines.flower.clients import FlowerClients
+from fedcanary.errors import BadInput
+from fedcanary.privacy.contract import Reason
 from oracles.few import MadeUp, bare
 
 
@@ -25,10 +28,33 @@ def study(count: int = 6, **tables):
 STUDIES = {
     "secure aggregation": {},
     "rotating panels": {"clients": {"count": 12}, "privacy": {"panel": "rotating"}},
-    "some a round": {"clients": {"per_round": 4, "also_train": 1}},
-    "local": {"privacy": {"trust": "local"}},
+    "some a round": {"clients": {"per_round": 4}},
+    "local, some only train": {"clients": {"per_round": 4, "also_train": 1}, "privacy": {"trust": "local"}},
     "central": {"privacy": {"trust": "central"}},
 }
+
+
+def test_nobody_only_trains_in_a_secure_sum_over_messages(tmp_path):
+    """Attack: a server tells all but one client that they only train, and has that one's readings alone in a sum."""
+    setup = study(6)
+    far = Federation(setup, tmp_path)
+    with pytest.raises(BadInput, match="no client could see"):
+        Federation(study(6, clients={"per_round": 4, "also_train": 1}), tmp_path / "said").run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FlowerClients, "work", all_but_one(FlowerClients.work))
+        record = far.run()
+    refused = [body["refused"] for body in record.of("round")]
+    assert refused == [{Reason.APART.value: 5}] * 3
+    assert not any(record.releases().values())
+
+
+def all_but_one(work):
+    """`work` of a server that asks client 0 for everything, and of all others their update alone."""
+
+    def lying(self, request, cohort, shared, terms, line=None, trainers=()):
+        return work(self, request, cohort[:1], shared, terms, line, cohort[1:])
+
+    return lying
 
 
 @pytest.mark.parametrize("tables", STUDIES.values(), ids=STUDIES)

@@ -104,6 +104,12 @@ class FlowerClients(Clients):
         patience: Patience = Patience(),
         note: Callable[[str, int, int], None] = lambda step, done, clients: None,
     ) -> None:
+        if setup.study.clients.also_train and setup.study.privacy.trust == "secure_aggregation":
+            raise BadInput.of(
+                "clients.also_train",
+                "in a secure sum over messages, no client could see how many others have readings and noise in it",
+                "leave it out, choose another trust, or run in one process",
+            )
         self._setup, self._link, self._registry, self._patience, self._note = setup, link, registry, patience, note
         self.consent = Consent(setup, lambda client: out / "clients")
         self.refused: Counter[str] = Counter()

@@ -257,6 +257,10 @@ class Node:
             raise Wrong("malformed") from None
         if request.round != round:
             raise Wrong("wrong_round")
+        if not request.probes and self._host.facts.trust == "secure_aggregation":
+            # Its zeros would come without noise, and no other client sees who was told to say nothing: a server that
+            # tells all but one has that one's readings, with one share of the noise.
+            return {"reasons": Reason.APART.value}, []
         asked = {name: value for name, value in ask.fields.items() if name not in ("sum", "message")}
         about = Ask(TRAIN, asked).id.encode()  # what is measured, whatever sum it goes into
         kept = journal.get(SEALED, str(round))
