@@ -4,7 +4,8 @@ A client's journal makes it answer the same ask with the same bytes, however oft
 that it has answered. The server's makes a round that was cut off go on from the answers that had come.
 
 Secrets of a round lie here until it is over: what is deleted from the file is overwritten, and there is no write-ahead
-log; pages of SQLite's rollback journal, which is unlinked, may stay on the disk as free blocks. An older copy of the file must not be put back: `privacy/secagg/keep.py` says what that would give away.
+log; pages of SQLite's rollback journal, which is unlinked, may stay on the disk as free blocks. An older copy of the
+file must not be put back: `privacy/secagg/keep.py` says what that would give away.
 """
 
 from __future__ import annotations
