@@ -355,7 +355,7 @@ class FlowerClients(Clients):
             self._client_of = {node: client for node, client in self._client_of.items() if client is not None}
             self._silent.clear()
         while True:
-            there = self._reached().keys() & set(clients)
+            there = self._reached(clients, least).keys() & set(clients)
             passed = self._link.clock() - start
             if len(there) == len(clients) or (len(there) >= least and passed >= settled):
                 return
@@ -370,14 +370,20 @@ class FlowerClients(Clients):
     def _words(self) -> str:
         return "".join(f"; {word}: {times}" for word, times in sorted(self.refused.items()))
 
-    def _reached(self) -> dict[int, int]:
-        """The node of every client that is online; nodes that were not seen before are asked who they are, once."""
+    def _reached(self, clients: Sequence[int] = (), least: int = 0) -> dict[int, int]:
+        """The node of every client that is online; nodes that were not seen before are asked who they are, once.
+
+        They have little time for it, but all that there is for a step while so many of these clients are not known yet:
+        an answer to this takes a process and perhaps a model, and one that came too late would be asked for again.
+        """
         online = self._link.nodes()
         # one that was gone and is back may be another than it was
         self._client_of = {node: client for node, client in self._client_of.items() if node in online}
         if new := [node for node in online if node not in self._client_of and node not in self._silent]:
             self._silent.update(new)
-            ask, patience = Ask(HELLO, {}), min(self._patience.step, SETTLED)
+            known = set(self._client_of.values()) & set(clients)
+            ask = Ask(HELLO, {})
+            patience = self._patience.step if len(known) < least else min(self._patience.step, SETTLED)
             for node, (answer,) in self._link.exchange({node: [ask] for node in new}, QUERY, patience, HELLO):
                 self._silent.discard(node)
                 self._client_of[node] = self._known(answer)
