@@ -29,6 +29,7 @@ import transformers
 import fedcanary
 from fedcanary import pipeline, study
 from fedcanary.engines import local
+from fedcanary.engines.clients import Work
 from fedcanary.engines.local import LocalClients
 from fedcanary.engines.setup import cache, prepare
 
@@ -96,10 +97,10 @@ def once(path: Path, overrides: Sequence[str]) -> tuple[Times, int]:
         began: list[float] = []
         original = LocalClients.work
 
-        def work(self: LocalClients, *args: Any) -> Any:
+        def work(self: LocalClients, asked: Work) -> Any:
             began.append(time.process_time())  # from here on it is the round's
             spent.clear()
-            return original(self, *args)
+            return original(self, asked)
 
         with watched() as spent:
             LocalClients.work = work  # type: ignore[method-assign]

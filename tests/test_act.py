@@ -117,15 +117,15 @@ class Scripted(MadeUp):
     harm, bad_from, fixed = -0.08, 5, False
     lines: ClassVar[dict[int, list[int]]] = {}
 
-    def work(self, request, cohort, shared, terms, line=None, trainers=()):
-        (tensor,) = shared.values()
+    def work(self, asked):
+        round, (tensor,) = asked.request.round, asked.shared.values()
         harmed = not Scripted.fixed and float(tensor.mean()) >= Scripted.bad_from
-        Scripted.lines[request.round] = list(line)
+        Scripted.lines[round] = list(asked.lineage)
         layout = privacy_terms.layout(self._setup)
         said = {name: vector(name, coords, Scripted.harm if harmed else 0.0) for name, coords in layout.items()}
         message = Message(readings=said, update=np.ones(7))
-        for client in cohort:
-            yield [Sent(client, seal(message, layout, terms, request.round, client))]
+        for client in asked.cohort:
+            yield [Sent(client, seal(message, layout, asked.terms, round, client))]
 
 
 def vector(probe: str, coords, harm: float) -> np.ndarray:

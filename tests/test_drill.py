@@ -62,10 +62,10 @@ class Planted(MadeUp):
     harm: Harm = staticmethod(healthy)
     asks_policies = False
 
-    def work(self, request, cohort, shared, terms, line=None, trainers=()):
-        setup, layout = self._setup, privacy_terms.layout(self._setup)
+    def work(self, asked):
+        setup, layout, request = self._setup, privacy_terms.layout(self._setup), asked.request
         streams = [(p.mode, s) for p in plan_of(setup, self.base_answers).modes for s in p.streams]
-        for client in cohort:
+        for client in asked.cohort:
             reasons = self.consent.refuses(client, request) if self.asks_policies else []
             rng, harm = stream(3, "planted", client, request.round), type(self).harm(client)
             said: dict[str, dict[str, float]] = {p: {c.name: 0.0 for c in coords} for p, coords in layout.items()}
@@ -82,7 +82,8 @@ class Planted(MadeUp):
                 own = setup.population.attributes(client)
                 readings[SLICES] = slices.said(setup.slices, own, request.drill_down, setup.probes, readings)
             message = Message(readings=readings, update=np.append(rng.normal(size=6), 1.0))
-            yield [Sent(client, None if reasons else seal(message, layout, terms, request.round, client), reasons)]
+            sealed = None if reasons else seal(message, layout, asked.terms, request.round, client)
+            yield [Sent(client, sealed, reasons)]
 
 
 def play(folder: Path, count: int, harm: Harm, policies: bool = False, **tables: Any) -> RunRecord:

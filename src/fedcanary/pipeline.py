@@ -20,7 +20,7 @@ from fedcanary import record as records
 from fedcanary.act import round_folder
 from fedcanary.drill import DrillDowns
 from fedcanary.engines import slices
-from fedcanary.engines.clients import Clients
+from fedcanary.engines.clients import Clients, Work
 from fedcanary.engines.local import LocalClients, Tap, apply_update
 from fedcanary.engines.plan import plan_of
 from fedcanary.engines.protection import Protection
@@ -96,10 +96,11 @@ def run(
             # 1 base model and data were loaded by `engines.setup`   2 who trains and who answers
             cohort = protected.cohort(t)
             gate = protected.gate(t, cohort)
-            asked, all_asked, failed, done = len(cohort.clients), len(cohort.clients) + len(cohort.trainers), 0, 0
+            size, all_asked, failed, done = len(cohort.clients), len(cohort.clients) + len(cohort.trainers), 0, 0
             # 3 each client: theta_t -> theta_k,t   4 its probes compare theta_0, theta_t and theta_k,t
-            request = clients.consent.request(t, asked, drills.ask())
-            for sent in clients.work(request, cohort.clients, shared, gate.terms, lineage(past), cohort.trainers):
+            request = clients.consent.request(t, size, drills.ask())
+            asked = Work(request, cohort.clients, shared, gate.terms, lineage(past), cohort.trainers)
+            for sent in clients.work(asked):
                 for one in sent:
                     if one.vector is not None:
                         gate.put(one.client, one.vector)
@@ -127,7 +128,7 @@ def run(
                 "round",
                 {
                     "round": t,
-                    "clients": asked,
+                    "clients": size,
                     **({"also_trained": len(cohort.trainers)} if study.clients.also_train else {}),
                     "failed": failed,
                     "refused": dict(sorted(gate.refused.items())),
@@ -141,7 +142,7 @@ def run(
             act.point(out, record)
             protected.settle(t, released=bool(releases))
             _note_time(out, t, time.monotonic() - started)
-            watch(Progress(round=t, rounds=study.rounds, done=done, clients=asked, releases=releases, verdict=verdict))
+            watch(Progress(round=t, rounds=study.rounds, done=done, clients=size, releases=releases, verdict=verdict))
             if verdict.action != "adopt":
                 break
     act.end(record)

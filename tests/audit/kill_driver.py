@@ -27,7 +27,7 @@ import torch
 
 from fedcanary import pipeline
 from fedcanary.engines import protection
-from fedcanary.engines.clients import Sent
+from fedcanary.engines.clients import Sent, Work
 from fedcanary.engines.consent import Consent
 from fedcanary.engines.setup import Setup
 from fedcanary.privacy import secagg
@@ -66,9 +66,9 @@ POINTS = {
 class Mortal(MadeUp):
     """Made-up clients of a process that may die when all have answered."""
 
-    def work(self, request, cohort, shared, terms, line=None, trainers=()) -> Iterator[list[Sent]]:
-        yield from super().work(request, cohort, shared, terms, line, trainers)
-        hit("all answered", request.round)
+    def work(self, asked: Work) -> Iterator[list[Sent]]:
+        yield from super().work(asked)
+        hit("all answered", asked.request.round)
 
 
 def prepared(noise: str, rounds: int, panel: str) -> Setup:

@@ -223,8 +223,8 @@ def chatting(tell):
             said.update(messages)
             return messages
 
-        def chatty(self, *rest):
-            for sent in work(self, *rest):
+        def chatty(self, asked):
+            for sent in work(self, asked):
                 yield [Chatty(one.client, one.vector, one.refused, tell(said[one.client])) for one in sent]
 
         patch.setattr(local.LocalClients, "_stack", remember)

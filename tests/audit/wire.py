@@ -174,8 +174,8 @@ def tap(setup: Setup, out: Path, plant: Callable[[pytest.MonkeyPatch], None] | N
             wire.held |= walk(kept) | walk(found)
             return found
 
-        def working(self, *asked):
-            for sent in work(self, *asked):
+        def working(self, asked):
+            for sent in work(self, asked):
                 for one in sent:
                     names = {f.name for f in dataclasses.fields(one)} | getattr(one, "__dict__", {}).keys()
                     wire.beside.append({name: getattr(one, name) for name in names - {"vector"}})

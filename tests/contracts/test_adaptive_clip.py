@@ -10,6 +10,7 @@ import pytest
 
 from fedcanary import pipeline, study
 from fedcanary.engines import privacy_terms
+from fedcanary.engines.clients import Work
 from fedcanary.engines.consent import contract_of
 from fedcanary.engines.local import LocalClients
 from fedcanary.models import adapters
@@ -137,7 +138,7 @@ def test_a_client_says_whether_its_own_norm_was_within(model, tmp_path):
         whole = clients._whole
         said = []
         clients._whole = lambda *args, whole=whole, said=said: said.append(whole(*args)) or said[-1]
-        list(clients.work(clients.consent.request(1, 3), [0, 1, 2], setup.shared, terms))
+        list(clients.work(Work(clients.consent.request(1, 3), [0, 1, 2], setup.shared, terms)))
         assert [m.readings[privacy_terms.CLIPPING].tolist() for m in said] == [[expected]] * 3
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from fedcanary import pipeline, study
 from fedcanary.clients import panel
 from fedcanary.engines import local as engine
+from fedcanary.engines.clients import Work
 from fedcanary.engines.local import LocalClients
 from fedcanary.engines.setup import Setup
 from fedcanary.errors import ClientFailed
@@ -166,7 +167,7 @@ def sent_by(setup: Setup, folder: Path, clients: list[int], shared=None) -> list
     """What each client would say without protection: its readings by probe, and its update; None if it failed."""
     local = LocalClients(setup, folder)
     request = local.consent.request(1, len(clients))
-    work = local.work(request, clients, setup.shared if shared is None else shared, NONE)
+    work = local.work(Work(request, clients, setup.shared if shared is None else shared, NONE))
     found: list[tuple[dict, np.ndarray] | None] = []
     ends = np.cumsum([len(coords) for coords in setup.layout.values()])
     for one in sorted((s for part in work for s in part), key=lambda one: clients.index(one.client)):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedcanary import pipeline, study
 from fedcanary.engines import privacy_terms, protection
+from fedcanary.engines.clients import Work
 from fedcanary.engines.consent import contract_of
 from fedcanary.engines.local import LocalClients
 from fedcanary.engines.setup import Setup
@@ -143,7 +144,9 @@ def test_a_tampered_exact_reading_is_out_of_bounds_under_central(model, tmp_path
         gate = protected.gate(1, protected.cohort(1))
         clients = LocalClients(setup, tmp_path / "clients")
         sent = [
-            s for part in clients.work(clients.consent.request(1, 3), [0, 1, 2], setup.shared, gate.terms) for s in part
+            s
+            for part in clients.work(Work(clients.consent.request(1, 3), [0, 1, 2], setup.shared, gate.terms))
+            for s in part
         ]
         at = Encoding(gate.terms.bounded(setup.layout)).size
         sent[0].vector[at] += 1 << 40
@@ -186,7 +189,7 @@ def vectors(setup: Setup, folder) -> list[np.ndarray]:
     """What the clients seal in round 1, without the noise on readings."""
     clients = LocalClients(setup, folder)
     terms = replace(privacy_terms.terms(setup.study, 3, setup.probes), trust="central")  # the server adds that noise
-    work = clients.work(clients.consent.request(1, 3), [0, 1, 2], setup.shared, terms)
+    work = clients.work(Work(clients.consent.request(1, 3), [0, 1, 2], setup.shared, terms))
     return [s.vector for part in work for s in part]
 
 
@@ -213,7 +216,7 @@ def test_a_client_with_too_few_held_out_examples_says_nothing_of_them(model, tmp
     LocalClients(setup, tmp_path, lambda round, client, readings: said.setdefault(client, readings))
     clients = LocalClients(setup, tmp_path, lambda round, client, readings: said.setdefault(client, readings))
     terms = privacy_terms.terms(setup.study, 3, setup.probes)
-    list(clients.work(clients.consent.request(1, 3), [0, 1, 2], setup.shared, terms))
+    list(clients.work(Work(clients.consent.request(1, 3), [0, 1, 2], setup.shared, terms)))
     for probe in setup.probes:
         if probe.own:
             names = [c.name for c in probe.coords]

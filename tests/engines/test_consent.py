@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from fedcanary import pipeline
+from fedcanary.engines.clients import Work
 from fedcanary.engines.consent import Consent, contract_of
 from fedcanary.engines.local import LocalClients
 from fedcanary.engines.privacy_terms import terms
@@ -127,7 +128,7 @@ def test_what_a_refusing_client_hands_over_is_its_reason_alone(tiny, tmp_path):
     setup = setup_of(tiny["llama"], 6, {**folder(tmp_path, user_2=merged("max_epsilon = 0.5\n")), "rounds": 1}, least=5)
     local = LocalClients(setup, tmp_path / "clients")
     request = local.consent.request(1, 6)
-    sent = [one for part in local.work(request, range(6), setup.shared, terms(setup.study, 6)) for one in part]
+    sent = [one for part in local.work(Work(request, range(6), setup.shared, terms(setup.study, 6))) for one in part]
     assert [one.client for one in sent if one.vector is None] == [STRICT]
     assert [list(one.refused) for one in sent if one.refused] == [[Reason.OWN_EPSILON]]
 

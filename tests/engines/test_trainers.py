@@ -14,6 +14,7 @@ import torch
 from fedcanary import pipeline, study
 from fedcanary.clients import panel
 from fedcanary.engines import privacy_terms
+from fedcanary.engines.clients import Work
 from fedcanary.engines.consent import UNBOUNDED, Consent
 from fedcanary.engines.local import LocalClients
 from fedcanary.engines.protection import LEDGER, Protection
@@ -200,7 +201,7 @@ def test_a_server_that_asks_for_no_probe_gets_no_reading(tiny, tmp_path):
     clients = LocalClients(setup, tmp_path / "run" / "clients")
     request = clients.consent.request(1, 3).model_copy(update={"probes": ()})
     terms = privacy_terms.terms(setup.study, 3)
-    sent = [one for part in clients.work(request, [0, 1, 2], setup.shared, terms) for one in part]
+    sent = [one for part in clients.work(Work(request, [0, 1, 2], setup.shared, terms)) for one in part]
     numbers = sum(t.numel() for t in setup.shared.values()) + 1
     assert len(sent) == 3
     for one in sent:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +12,14 @@ import numpy as np
 import torch
 
 from fedcanary import study
-from fedcanary.engines.clients import Clients, Sent
+from fedcanary.engines.clients import Clients, Sent, Work
 from fedcanary.engines.consent import Consent
 from fedcanary.engines.setup import Setup
 from fedcanary.engines.slices import values_of
 from fedcanary.models import adapters, base
 from fedcanary.models.adapters import Lora
 from fedcanary.personalize import method
-from fedcanary.privacy.contract import Request
-from fedcanary.privacy.seal import Message, Terms, seal, seal_update
+from fedcanary.privacy.seal import Message, seal, seal_update
 from fedcanary.probes import probes
 from fedcanary.rng import stream
 from fedcanary.types import Array, Item, Role, Suite
@@ -153,23 +152,15 @@ class MadeUp(Clients):
         items = self._setup.items[role]
         return items, np.full((len(items), 2), 0.5)
 
-    def work(
-        self,
-        request: Request,
-        cohort: Sequence[int],
-        shared: object,
-        terms: Terms,
-        line: object = None,
-        trainers: Sequence[int] = (),
-    ) -> Iterator[list[Sent]]:
-        layout = self._setup.layout
-        for client in cohort:
+    def work(self, asked: Work) -> Iterator[list[Sent]]:
+        terms, round, layout = asked.terms, asked.request.round, self._setup.layout
+        for client, request in asked.requests.items():
+            rng, sealed = stream(1, "made-up", client, round), None
             reasons = self.consent.refuses(client, request)
-            rng = stream(1, "made-up", client, request.round)
-            readings = {name: np.array([rng.uniform(c.low, c.high) for c in coords]) for name, coords in layout.items()}
-            message = Message(readings=readings, update=np.append(rng.normal(size=6), 1.0))
-            sent = None if reasons else seal(message, layout, terms, request.round, client)
-            yield [Sent(client, sent, reasons)]
-        for client in trainers:
-            update = np.append(stream(1, "made-up", client, request.round).normal(size=6), 1.0)
-            yield [Sent(client, seal_update(update, layout, terms))]
+            if not reasons and request.probes:
+                readings = {name: np.array([rng.uniform(c.low, c.high) for c in at]) for name, at in layout.items()}
+                message = Message(readings=readings, update=np.append(rng.normal(size=6), 1.0))
+                sealed = seal(message, layout, terms, round, client)
+            elif not reasons:
+                sealed = seal_update(np.append(rng.normal(size=6), 1.0), layout, terms)
+            yield [Sent(client, sealed, reasons)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fedcanary.engines.consent import Consent
 from fedcanary.engines.protection import Cohort
@@ -14,6 +13,33 @@ from fedcanary.privacy.contract import Request
 from fedcanary.privacy.release import Masked
 from fedcanary.privacy.seal import Sealed, Terms
 from fedcanary.types import Array, Item, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is asked in a round: of `cohort` all that the request names; `trainers` give an update, and read nothing.
+
+    `line` are the rounds that led to `shared`, if not all before: what is private goes on from the last of them.
+    """
+
+    request: Request
+    cohort: Sequence[int]
+    shared: Adapter
+    terms: Terms
+    line: Container[int] | None = None
+    trainers: Sequence[int] = ()
+
+    @property
+    def lineage(self) -> Container[int]:
+        """Whatever `line` says, or all rounds before this one."""
+        return range(self.request.round) if self.line is None else self.line
+
+    @property
+    def requests(self) -> dict[int, Request]:
+        """Each client's own. Whose has no probes only trains: all do, where the request itself has none."""
+        training = self.request.model_copy(update={"probes": (), "drill_down": None})
+        said = self.request if self.request.probes else training
+        return dict.fromkeys(self.cohort, said) | dict.fromkeys(self.trainers, training)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +68,7 @@ class Clients(ABC):
     """
 
     consent: Consent
-    remembers: ClassVar[bool] = False
+    remembers: bool = False
     masked: Masked | None = None
     upcoming: Callable[[int], Cohort]
     there: Callable[[int], Callable[[int], bool]] | None = None
@@ -52,17 +78,5 @@ class Clients(ABC):
         """The base's choice probabilities (n, C) on a role's public items: public, the same for everyone."""
 
     @abstractmethod
-    def work(
-        self,
-        request: Request,
-        cohort: Sequence[int],
-        shared: Adapter,
-        terms: Terms,
-        line: Container[int] | None = None,
-        trainers: Sequence[int] = (),
-    ) -> Iterator[list[Sent]]:
-        """One round of those in `cohort` who do not refuse the request; yields what each sent, as it comes.
-
-        `trainers` are asked for an update alone, and read nothing. `line` are the rounds that led to `shared`, if not
-        all before: what is private goes on from the last of them.
-        """
+    def work(self, asked: Work) -> Iterator[list[Sent]]:
+        """One round of those who do not refuse what they are asked; yields what each sent, as it comes."""

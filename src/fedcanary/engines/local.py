@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fedcanary.engines import guard, privacy_terms, slices
-from fedcanary.engines.clients import Clients, Sent
+from fedcanary.engines.clients import Clients, Sent, Work
 from fedcanary.engines.consent import Consent
 from fedcanary.engines.places import place
 from fedcanary.engines.plan import plan_of
@@ -100,26 +100,15 @@ class LocalClients(Clients):
         start, stop = self._slices().get(role, (0, 0))
         return self._items[start:stop], self._base_public[start:stop]
 
-    def work(
-        self,
-        request: Request,
-        cohort: Sequence[int],
-        shared: Adapter,
-        terms: Terms,
-        line: Container[int] | None = None,
-        trainers: Sequence[int] = (),
-    ) -> Iterator[list[Sent]]:
+    def work(self, asked: Work) -> Iterator[list[Sent]]:
         """In stacks; yields what each client sealed."""
-        round = request.round
-        line = range(round) if line is None else line
-        if not request.probes:  # then nobody answers, whoever was drawn for that: it would not be paid for
-            cohort, trainers = (), (*cohort, *trainers)
-        answers = {client: self.consent.refuses(client, request) for client in cohort}
-        training = request.model_copy(update={"probes": (), "drill_down": None})
-        answers |= {client: self.consent.refuses(client, training) for client in trainers}
+        shared, terms, line, round = asked.shared, asked.terms, asked.lineage, asked.request.round
+        requests = asked.requests
+        answers = {client: self.consent.refuses(client, request) for client, request in requests.items()}
         if refused := [Sent(client, None, reasons) for client, reasons in answers.items() if reasons]:
             yield refused
-        cohort, trainers = ([c for c in asked if not answers[c]] for asked in (cohort, trainers))
+        cohort = [c for c, request in requests.items() if request.probes and not answers[c]]
+        trainers = [c for c, request in requests.items() if not request.probes and not answers[c]]
         common = None
         if not self._first_private:  # then everyone holds the same model at the round's start
             held = Held(stacked.repeat(shared, 1), {})
@@ -128,7 +117,7 @@ class LocalClients(Clients):
             messages = self._stack(round, clients, shared, common, line)
             sent = []
             for client, said in messages.items():
-                whole = None if said is None else self._whole(said, terms, request, client)
+                whole = None if said is None else self._whole(said, terms, asked.request, client)
                 sealed = None if whole is None else seal(whole, self._layout, terms, round, client)
                 sent.append(Sent(client, sealed))
             yield sent

@@ -154,7 +154,7 @@ def test_what_was_sealed_and_has_not_left_is_the_same_in_the_next_sum(room):
     assert not first.endswith(GIVEN)
     asked = Sum(far).to(SHARE)
     measured = []
-    far.host.clients.work = lambda *rest: measured.append(rest)
+    far.host.clients.work = measured.append
     asked.deliveries = asked.server.deliveries()
     asked.ask(0, TRAIN, **train_fields(far, 1, 4), message=asked.deliveries[0].to_bytes())
     assert not asked.answers[0].refused
@@ -421,7 +421,7 @@ class Failing:
     def __init__(self, consent, error: type[Exception]) -> None:
         self.consent, self.error = consent, error
 
-    def work(self, *rest):
+    def work(self, asked):
         raise self.error(SAID)
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,8 @@ def test_nobody_only_trains_in_a_secure_sum_over_messages(tmp_path):
 def all_but_one(work):
     """`work` of a server that asks client 0 for everything, and of all others their update alone."""
 
-    def lying(self, request, cohort, shared, terms, line=None, trainers=()):
-        return work(self, request, cohort[:1], shared, terms, line, cohort[1:])
+    def lying(self, asked):
+        return work(self, replace(asked, cohort=asked.cohort[:1], trainers=asked.cohort[1:]))
 
     return lying
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from fedcanary.engines import privacy_terms
-from fedcanary.engines.clients import Clients, Sent
+from fedcanary.engines.clients import Clients, Sent, Work
 from fedcanary.engines.consent import Consent
 from fedcanary.engines.flower import attach
 from fedcanary.engines.flower.attach import AppSetup, Attached, Named
@@ -40,7 +40,7 @@ from fedcanary.models.adapters import Adapter
 from fedcanary.privacy import contract as contracts
 from fedcanary.privacy import secagg
 from fedcanary.privacy.contract import Request
-from fedcanary.privacy.seal import Message, Sealed, Terms, seal
+from fedcanary.privacy.seal import Message, Sealed, seal
 from fedcanary.probes.base import Answers, ClientView
 from fedcanary.types import Array, Item, Role
 
@@ -113,24 +113,16 @@ class AppClients(Clients):
         items = self._setup.items[role]
         return items, self._setup.reader.said(self._setup.theta_0, Own(items))
 
-    def work(
-        self,
-        request: Request,
-        cohort: Sequence[int],
-        shared: Adapter,
-        terms: Terms,
-        line: Container[int] | None = None,
-        trainers: Sequence[int] = (),
-    ) -> Iterator[list[Sent]]:
+    def work(self, asked: Work) -> Iterator[list[Sent]]:
         """What the client whose turn it is seals, if it does not refuse."""
-        for client in cohort:
+        for client, request in asked.requests.items():
             if reasons := self.consent.refuses(client, request):
                 yield [Sent(client, None, reasons)]
                 continue
             view = self._view()
             readings = {probe.name: probe.read(view).values for probe in self._setup.probes}
             message = Message(readings=readings, update=np.ones(1))  # a weight, and no change: updates are the app's
-            yield [Sent(client, seal(message, self._layout, terms, request.round, client))]
+            yield [Sent(client, seal(message, self._layout, asked.terms, request.round, client))]
 
     def _view(self) -> ClientView:
         if self.trained is None:
@@ -253,7 +245,7 @@ class AppNode(Node):
         if ask.fields.get("base") != setup.base.digest:
             raise Wrong(OTHER_BASE)
         terms = privacy_terms.terms(setup.study, request.cohort, setup.probes)
-        ((sent,),) = clients.work(request, [self._client], {}, terms)
+        ((sent,),) = clients.work(Work(request, [self._client], {}, terms))
         return sent.vector, sent.refused
 
     def _session(self, journal: Journal, ask: Ask, round: int) -> tuple[str, secagg.Client, int]:

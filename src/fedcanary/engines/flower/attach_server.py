@@ -25,12 +25,20 @@ from typing import Any, ClassVar, Final
 
 from safetensors.torch import load_file, save_file
 
-from fedcanary.engines.clients import Sent
+from fedcanary.engines.clients import Sent, Work
 from fedcanary.engines.flower import attach_node
 from fedcanary.engines.flower.attach import AppSetup
 from fedcanary.engines.flower.attach_node import BASE, NO_BASE, SEALED_HERE
-from fedcanary.engines.flower.clients import LARGEST, QUERY, FlowerClients, Group, Patience, Sum, _advance
-from fedcanary.engines.flower.clients import UnderMasks as Masks
+from fedcanary.engines.flower.clients import (
+    LARGEST,
+    QUERY,
+    FlowerClients,
+    Group,
+    Patience,
+    Sum,
+    UnderMasks,
+    advance,
+)
 from fedcanary.engines.flower.exchange import Link
 from fedcanary.engines.flower.journal import Entry, Journal
 from fedcanary.engines.flower.node import TRAIN, WORDS
@@ -39,7 +47,6 @@ from fedcanary.engines.flower.wire import Answer, Ask, Malformed, Value, decode_
 from fedcanary.engines.protection import Cohort
 from fedcanary.models.adapters import Adapter
 from fedcanary.privacy import secagg
-from fedcanary.privacy.contract import Request
 from fedcanary.privacy.release import Paying
 from fedcanary.privacy.seal import Terms
 from fedcanary.record import RunRecord
@@ -112,7 +119,7 @@ def theta_0(out: Path, arrays: Adapter) -> Adapter:
 class AppServer(FlowerClients):
     """The clients of the app, as our loop reaches them. `run` names the run to them."""
 
-    remembers: ClassVar[bool] = False  # a round begun again is another training, and another look
+    words: ClassVar[frozenset[str]] = WORDS | attach_node.WORDS
 
     def __init__(
         self,
@@ -124,6 +131,7 @@ class AppServer(FlowerClients):
         patience: Patience,
     ) -> None:
         super().__init__(setup, out, link, registry, patience=patience)
+        self.remembers = False  # a round begun again is another training, and another look
         self._app, self._turns = setup, turns
         self._kept = Journal(out / FILE)
         self._done = RunRecord.open(out).rounds
@@ -169,24 +177,16 @@ class AppServer(FlowerClients):
         self.refused["unknown_client"] += 1
         return None
 
-    def work(
-        self,
-        request: Request,
-        cohort: Sequence[int],
-        shared: Adapter,
-        terms: Terms,
-        line: Container[int] | None = None,
-        trainers: Sequence[int] = (),
-    ) -> Iterator[list[Sent]]:
+    def work(self, asked: Work) -> Iterator[list[Sent]]:
         """What came with the app's training; under secure aggregation two exchanges after it."""
-        t, self.masked = request.round, None
+        t, cohort, terms, self.masked = asked.request.round, asked.cohort, asked.terms, None
         self._journal.forget(t)
         node_of = self._numbers(self._drawn)
         sum = self._begun(t, Cohort(list(cohort))) if terms.trust == "secure_aggregation" and cohort else None
         keys = {} if sum is None else self._group(sum).asks
         asks = {}
         for client in cohort:
-            fields: dict[str, Value] = {"round": t, "run": self.run, "request": request.model_dump_json()}
+            fields: dict[str, Value] = {"round": t, "run": self.run, "request": asked.request.model_dump_json()}
             fields |= {"arrays": self._drawn[node_of[client]], "base": self._app.base.digest}
             asks[client] = Ask(TRAIN, fields)
         parcels = {client: [ask, *([keys[client]] if keys else ())] for client, ask in asks.items()}
@@ -200,7 +200,7 @@ class AppServer(FlowerClients):
                 if answer.refused == SEALED_HERE and answer.ask == asks[client].id:
                     ready.add(client)
                 elif answer.refused:
-                    self.refused[_word(answer.refused)] += 1
+                    self.refused[self._word(answer.refused)] += 1
                 elif answer.ask != asks[client].id:
                     if (
                         sum is not None
@@ -237,9 +237,9 @@ class AppServer(FlowerClients):
 
     def _summed(self, sum: Sum, asks: Mapping[int, Ask], terms: Terms) -> Iterator[Sent]:
         """Shares, then the masked vectors of those who have sealed theirs."""
-        self.masked = Masks(sum, self._step, lambda: None)
+        self.masked = UnderMasks(sum, self._step, lambda: None)
         try:
-            _advance(sum)
+            advance(sum)
             self._step(sum)
         except secagg.Aborted as error:
             self.masked = Given(sum.server.terms.length, error)
@@ -270,7 +270,3 @@ class Given:
     def open(self, pay: Paying) -> secagg.Outcome:
         """See `release.Masked`."""
         raise self.why
-
-
-def _word(refused: str) -> str:
-    return refused if refused in WORDS | attach_node.WORDS else "other"

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 from safetensors.torch import save
 
 from fedcanary.engines import privacy_terms
-from fedcanary.engines.clients import Clients, Sent
+from fedcanary.engines.clients import Clients, Sent, Work
 from fedcanary.engines.consent import Consent
 from fedcanary.engines.flower.exchange import Link
 from fedcanary.engines.flower.journal import Entry, Journal
@@ -34,9 +34,8 @@ from fedcanary.engines.protection import Cohort
 from fedcanary.engines.reference import base_probabilities
 from fedcanary.engines.setup import Setup
 from fedcanary.errors import BadInput
-from fedcanary.models.adapters import Adapter
 from fedcanary.privacy import secagg
-from fedcanary.privacy.contract import Reason, Request
+from fedcanary.privacy.contract import Reason
 from fedcanary.privacy.release import Paying
 from fedcanary.privacy.seal import BITS, Terms, masking
 from fedcanary.privacy.secagg.messages import Message
@@ -94,6 +93,8 @@ class FlowerClients(Clients):
     many have answered, of how many. `refused` counts answers by the word of their refusal.
     """
 
+    words: ClassVar[frozenset[str]] = WORDS  # of refusal, as nodes of this kind say them
+
     def __init__(
         self,
         setup: Setup,
@@ -113,17 +114,13 @@ class FlowerClients(Clients):
         self._setup, self._link, self._registry, self._patience, self._note = setup, link, registry, patience, note
         self.consent = Consent(setup, lambda client: out / "clients")
         self.refused: Counter[str] = Counter()
-        self._new = not (out / JOURNAL).exists() and (out / NAME).exists()
+        # not where a run goes on without its journal: clients mask what they measured once, and in no other sum
+        self.remembers = (out / JOURNAL).exists() or not (out / NAME).exists()
         self._journal = Journal(out / JOURNAL)
         self._client_of: dict[int, int | None] = {}  # by node; None for a node that is of no use here
         self._silent: set[int] = set()  # nodes that did not say who they are
         self._sums: dict[int, Sum] = {}
         self._shared = sum(tensor.numel() for tensor in setup.shared.values())
-
-    @property
-    def remembers(self) -> bool:  # type: ignore[override]
-        """Not where a run goes on without its journal: clients mask what they measured once, and in no other sum."""
-        return not self._new
 
     def base_answers(self, role: Role) -> tuple[tuple[Item, ...], Array]:
         """As the base reads them here: its readings are public."""
@@ -131,55 +128,42 @@ class FlowerClients(Clients):
         before = sum(len(items[r]) for r in list(Role)[: list(Role).index(role)])
         return items[role], base_probabilities(self._setup, TOKENS)[before : before + len(items[role])]
 
-    def work(
-        self,
-        request: Request,
-        cohort: Sequence[int],
-        shared: Adapter,
-        terms: Terms,
-        line: Container[int] | None = None,
-        trainers: Sequence[int] = (),
-    ) -> Iterator[list[Sent]]:
+    def work(self, asked: Work) -> Iterator[list[Sent]]:
         """One exchange, with training in it; before it two for the keys, where they are not there yet."""
-        t, self.masked = request.round, None
+        t, terms, requests, self.masked = asked.request.round, asked.terms, asked.requests, None
         self._journal.forget(t)
-        if not request.probes:
-            cohort, trainers = (), (*cohort, *trainers)
-        everyone = [*cohort, *trainers]
-        if not everyone:
+        if not requests:
             return
-        silent = request.model_copy(update={"probes": (), "drill_down": None})
         fields: dict[str, Value] = {
             "round": t,
-            "shared": save({name: tensor.contiguous() for name, tensor in sorted(shared.items())}),
-            "line": ",".join(str(r) for r in range(t) if line is None or r in line),
+            "shared": save({name: tensor.contiguous() for name, tensor in sorted(asked.shared.items())}),
+            "line": ",".join(str(r) for r in range(t) if r in asked.lineage),
         }
         updates = self._setup.study.privacy.updates
         if updates is not None and updates.quantile is not None:
             fields["clip"] = terms.update_clip
-        asked = {c: fields | {"request": request.model_dump_json()} for c in cohort}
-        asked |= {c: fields | {"request": silent.model_dump_json()} for c in trainers}
+        told = {c: fields | {"request": request.model_dump_json()} for c, request in requests.items()}
         label, sum = str(t), None
-        least = min(privacy_terms.floor(self._setup.study, len(cohort)), len(everyone))
+        least = min(privacy_terms.floor(self._setup.study, len(asked.cohort)), len(requests))
         begun = self._journal.get(SUM, str(t)) or str(t).encode()
         if self._journal.get(CLOSED, f"{TRAIN} {begun.decode()}") is None:
-            self._gathered(everyone, least)
+            self._gathered(list(requests), least)
         if terms.trust == "secure_aggregation":
-            sum = self._agreed(t, Cohort(list(cohort), trainers=tuple(trainers)), least)
+            sum = self._agreed(t, Cohort(list(asked.cohort), trainers=tuple(asked.trainers)), least)
             self.masked = UnderMasks(sum, self._step, lambda: self._ahead(t + 1))
-            asked = {
-                c: asked[c] | {"sum": sum.name, "message": message.to_bytes()}
+            told = {
+                c: told[c] | {"sum": sum.name, "message": message.to_bytes()}
                 for c, message in sum.inbox.items()
                 if message is not None
             }
             label = sum.name
-        group = Group(TRAIN, t, label, {c: Ask(TRAIN, fields) for c, fields in asked.items()})
+        group = Group(TRAIN, t, label, {c: Ask(TRAIN, fields) for c, fields in told.items()})
         heard = set()
         for _, client, answer in self._exchange("train", self._patience.train, group, least=least):
             if (one := self._sent(client, answer, sum, terms)) is not None:
                 heard.add(client)
                 yield [one]
-        if missing := [Sent(c, None) for c in everyone if c not in heard]:
+        if missing := [Sent(c, None) for c in requests if c not in heard]:
             yield missing
 
     def _sent(self, client: int, answer: Answer, sum: Sum | None, terms: Terms) -> Sent | None:
@@ -265,13 +249,13 @@ class FlowerClients(Clients):
                 by_label[group.label].server.collect(client, message)
         if ahead is not None:
             try:
-                _advance(ahead)
+                advance(ahead)
                 self._sums[ahead.round] = ahead
             except secagg.Aborted:
                 self._sums.pop(ahead.round, None)
                 self._journal.delete(SUM, str(ahead.round))
                 ahead = None
-        _advance(sum)
+        advance(sum)
         return ahead
 
     def _group(self, sum: Sum) -> Group:
@@ -319,7 +303,7 @@ class FlowerClients(Clients):
         self._note(step, done, everyone)
         for node, answers in self._link.exchange(parcels, message_type, timeout, str(groups[0].round)):
             client, asked = client_of[node], {ask.id: group for group, ask in waiting[client_of[node]]}
-            self.refused.update(_word(answer.refused) for answer in answers if answer.refused)
+            self.refused.update(self._word(answer.refused) for answer in answers if answer.refused)
             told = [
                 (asked[answer.ask], self._listed(asked[answer.ask], answer)) for answer in answers if not answer.refused
             ]
@@ -399,7 +383,7 @@ class FlowerClients(Clients):
         contract, client = self.consent.contract, answer.fields.get("client")
         ours = isinstance(client, int) and 0 <= client < len(self._setup.population)
         for word, same in (
-            (_word(answer.refused) if answer.refused else "unknown_client", ours),
+            (self._word(answer.refused) if answer.refused else "unknown_client", ours),
             ("other_model", answer.fields.get("model") == contract.model),
             (Reason.OTHER_CONTRACT.value, answer.fields.get("contract") == contract.digest),
         ):
@@ -408,13 +392,12 @@ class FlowerClients(Clients):
                 return None
         return client if isinstance(client, int) else None
 
+    def _word(self, refused: str) -> str:
+        """A node's word if it is one of those that nodes say; others are not repeated."""
+        return refused if refused in self.words else "other"
 
-def _word(refused: str) -> str:
-    """A node's word if it is one of those that nodes say; others are not repeated."""
-    return refused if refused in WORDS else "other"
 
-
-def _advance(sum: Sum) -> None:
+def advance(sum: Sum) -> None:
     """Close a sum's step, for what its clients are told with the next."""
     server = sum.server
     if sum.step == KEYS:

@@ -293,6 +293,7 @@ class Node:
         from safetensors.torch import load
 
         from fedcanary.engines import privacy_terms
+        from fedcanary.engines.clients import Work
 
         clients, setup = self._host.clients, self._host.setup
         clip = _field(ask, "clip", float) if "clip" in ask.fields else None
@@ -302,8 +303,8 @@ class Node:
             shared = load(_field(ask, "shared", bytes))
         except (ValueError, SafetensorError):
             raise Wrong("malformed") from None
-        answering, training = ([self._client], []) if request.probes else ([], [self._client])
-        (sent,) = (s for part in clients.work(request, answering, shared, terms, line, training) for s in part)
+        asked = Work(request, [self._client], shared, terms, line)
+        (sent,) = (sent for part in clients.work(asked) for sent in part)
         return sent.vector, sent.refused
 
     def _session(self, journal: Journal, ask: Ask, round: int) -> tuple[str, secagg.Client, int]:
