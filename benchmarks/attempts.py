@@ -141,7 +141,7 @@ def small(runs: int) -> list[str]:
     lines.append("|---|" + "---|" * 4)
     made = [scenarios.worked(f"shift {x:g}", scenarios.shift(x), ROUNDS, seed=1, design=scenarios.NOW) for x in shifts]
     for means in ((0.02, 0.035, 0.07, 0.15), (0.008, 0.02, 0.05, 0.12), tuple(m for m, more in used if not more)):
-        eprocess.WORSE = (*((m, 0.0) for m in means), *severe)  # type: ignore[misc]
+        eprocess.WORSE = (*((m, 0.0) for m in means), *severe)  # type: ignore[misc]  # a constant, but here
         cells = [
             said(windows.delays(play(scenario, n, runs)[1].alarm[FIRST], CHANGE))
             for n in (200, 1000)

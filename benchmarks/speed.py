@@ -31,6 +31,7 @@ from typing import Any
 HERE = Path(__file__).parent / "speed"
 sys.path.insert(0, str(HERE))
 
+# scripts, not a package: their folder goes onto the path first
 import cells  # noqa: E402
 import check  # noqa: E402
 import tables  # noqa: E402

@@ -96,19 +96,13 @@ def prepare(study: Study, cache: Path) -> Setup:
     """
     keep_memory()
     problems: list[Problem] = []
-    base = _try(problems, lambda: _base(study))
+    base = _try(problems, lambda: load_base(study).on(_device(study)))
     loaded = _try(problems, lambda: load_suites(study))
     population = _try(problems, lambda: _population(study, cache))
     asked = _try(problems, lambda: values_of(study, population)) if population is not None else {}
     lora = None
     if base is not None:
-        table = study.model.lora
-        lora = _try(
-            problems,
-            lambda: adapters.find_targets(
-                base, r=table.r, alpha=table.alpha, targets=table.targets, layers=table.layers
-            ),
-        )
+        lora = _try(problems, lambda: lora_of(study, base))
     if problems or base is None or lora is None or loaded is None or population is None:
         raise BadInput(problems)
     initial = adapters.initial(base, lora, derive(study.seed, "adapter"))
@@ -140,8 +134,26 @@ def _try(problems: list[Problem], make: Any) -> Any:
         return None
 
 
-def _base(study: Study) -> BaseModel:
+def load_base(study: Study) -> BaseModel:
+    """The study's base model, on the CPU."""
     table = study.model
+    return models.load(
+        table.source,
+        task=table.task,
+        revision=table.revision,
+        labels=table.labels,
+        max_length=table.max_length,
+        dtype=getattr(torch, study.engine.precision),
+    )
+
+
+def lora_of(study: Study, base: BaseModel) -> Lora:
+    """The layers that the study's adapters are on."""
+    table = study.model.lora
+    return adapters.find_targets(base, r=table.r, alpha=table.alpha, targets=table.targets, layers=table.layers)
+
+
+def _device(study: Study) -> torch.device:
     engine = study.engine
     there = torch.cuda.is_available() and study.privacy.unit == "client"  # private training of examples is the CPU's
     if engine.device == "cuda" and not there:
@@ -149,15 +161,7 @@ def _base(study: Study) -> BaseModel:
         if torch.cuda.is_available():
             why, remedy = 'the unit "example" trains on the CPU', 'say "auto" or "cpu"'
         raise BadInput.of("engine.device", why, remedy)
-    base = models.load(
-        table.source,
-        task=table.task,
-        revision=table.revision,
-        labels=table.labels,
-        max_length=table.max_length,
-        dtype=getattr(torch, engine.precision),
-    )
-    return base.on(torch.device("cuda" if there and engine.device != "cpu" else "cpu"))
+    return torch.device("cuda" if there and engine.device != "cpu" else "cpu")
 
 
 def load_suites(study: Study) -> tuple[Suite, ...]:

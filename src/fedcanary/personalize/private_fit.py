@@ -321,7 +321,7 @@ def _optimizer(
     from opacus.optimizers import DPOptimizerFastGradientClipping
 
     # Opacus has no types, so its classes are Any to the checker, which strict mode forbids as a base.
-    class Noised(DPOptimizerFastGradientClipping):  # type: ignore[misc]
+    class Noised(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # Opacus has no types
         def add_noise(self) -> None:
             for p in self.params:
                 noise = torch.from_numpy(source.standard_normal(p.numel())).view_as(p)

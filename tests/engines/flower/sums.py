@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from federation import Federation
 from safetensors.torch import save
 
 from fedcanary.engines.flower.node import AGREE, KEYS, SHARE, TRAIN, UNMASK
 from fedcanary.engines.flower.wire import Answer, Ask, Value
+from fedcanary.engines.places import place
+from fedcanary.engines.protection import LEDGER
+from fedcanary.privacy import ledger as ledgers
 from fedcanary.privacy import secagg
 from fedcanary.privacy.secagg.messages import Message
 
@@ -115,3 +120,34 @@ def refusals(answers: Mapping[int, Answer] | Sequence[Answer]) -> set[str]:
     """The words that these answers are refused with; "" for those that are not."""
     found = answers.values() if isinstance(answers, Mapping) else answers
     return {answer.refused for answer in found}
+
+
+def charges(far: Federation, client: int = 0) -> list:
+    path = place(far.out / "clients", client) / LEDGER
+    if not path.exists():
+        return []
+    with ledgers.Ledger.open(
+        path, owner=f"client {client}", budget=ledgers.Budget(epsilon=math.inf, delta=1.0)
+    ) as ledger:
+        ledger.verify()
+        return [row.charge.round for row in ledger.rows()]
+
+
+def disk(far: Federation, client: int = 0) -> Path:
+    return place(far.out / "clients", client)
+
+
+def vectors(far: Federation, round: int, cohort: int) -> dict[int, np.ndarray]:
+    """What each client seals, as only its own disk knows."""
+    found = {}
+    for client in range(len(far.setup.population)):
+        one = far.node(client)
+        ask = Ask(TRAIN, train_fields(far, round, cohort))
+        found[client] = one._measured(far.host.clients.consent.request(round, cohort), ask)[0]
+    return found
+
+
+def wrong(far: Federation, asked: Sum, **changed) -> Ask:
+    """A training that is right but for some fields."""
+    fields = {**train_fields(far, 1, 4), "sum": "a", "message": asked.deliveries[0].to_bytes(), **changed}
+    return Ask(TRAIN, {name: value for name, value in fields.items() if value is not None})

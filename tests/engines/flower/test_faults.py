@@ -45,12 +45,6 @@ HARMLESS = {
 }
 
 
-@pytest.fixture
-def room():
-    with memory() as folder:
-        yield folder
-
-
 @pytest.fixture(scope="module")
 def calm():
     """What is kept of the run that nothing happened to."""

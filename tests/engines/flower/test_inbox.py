@@ -26,12 +26,6 @@ READING = 0.7300001
 CHANCE = 1e-9  # that bytes which are uniform fail here, for each kind of field and run
 
 
-@pytest.fixture
-def room():
-    with memory() as folder:
-        yield folder
-
-
 @pytest.fixture(scope="module")
 def whole():
     """A run that nothing happened to, with all that the server got."""

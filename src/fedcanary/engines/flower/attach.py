@@ -38,10 +38,9 @@ from pydantic import Field, ValidationError
 from fedcanary import study
 from fedcanary.clients.population import Split
 from fedcanary.engines.flower.reading import ModuleReader, PeftReader, Reader, undisturbed
-from fedcanary.engines.setup import Setup, load_suites
+from fedcanary.engines.setup import Setup, load_base, load_suites, lora_of
 from fedcanary.errors import BadInput, Problem, did_you_mean
 from fedcanary.models import adapters
-from fedcanary.models import base as models
 from fedcanary.models.adapters import Adapter, Lora
 from fedcanary.models.base import BaseModel
 from fedcanary.personalize import method
@@ -303,20 +302,9 @@ def named(attached: Attached, where: Path) -> Named:
         if build is not None and encode is not None:
             reader = ModuleReader(build, encode, attach.labels)
     else:
-        table = attached.model
         try:
-            base = models.load(
-                table.source,
-                task=table.task,
-                revision=table.revision,
-                labels=table.labels,
-                max_length=table.max_length,
-                dtype=getattr(torch, attached.engine.precision),
-            )
-            lora = table.lora
-            reader = PeftReader(
-                base, adapters.find_targets(base, r=lora.r, alpha=lora.alpha, targets=lora.targets, layers=lora.layers)
-            )
+            base = load_base(attached)
+            reader = PeftReader(base, lora_of(attached, base))
         except BadInput as error:
             problems += error.problems
     shown = _suites(attached, where, problems)

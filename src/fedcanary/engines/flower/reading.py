@@ -46,7 +46,7 @@ def undisturbed() -> Iterator[None]:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(legacy)  # noqa: NPY002
+            np.random.set_state(legacy)  # noqa: NPY002 - as above
 
 
 @dataclass(frozen=True, slots=True)
