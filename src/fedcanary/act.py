@@ -59,8 +59,10 @@ def end(record: RunRecord) -> None:
         record.append("end", {"status": "held" if held(record) else "finished"})
 
 
-def pointer(record: RunRecord) -> dict[str, Any]:
-    """Which adapter is adopted after the record's last round, by number, folder and digest."""
+def pointer(record: RunRecord) -> dict[str, Any] | None:
+    """Which adapter is adopted after the record's last round, by number, folder and digest; None if there are none."""
+    if INITIAL not in record.header["digests"]:
+        return None
     made = {int(body["round"]): body for body in record.of("round")}
     number, action = 0, "adopt"
     if made:
@@ -72,9 +74,11 @@ def pointer(record: RunRecord) -> dict[str, Any]:
 
 def point(out: Path, record: RunRecord) -> None:
     """Write the pointer beside the adapters."""
+    if (found := pointer(record)) is None:
+        return
     path = out / "adapters" / ADOPTED
     draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(pointer(record), indent=2) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     draft.replace(path)
 
 

@@ -76,17 +76,19 @@ def run(
     record = RunRecord.open(out)
     clients = clients or LocalClients(setup, out / "clients", oracle_tap)
     plan, initial = plan_of(setup, clients.base_answers), setup.method.published(setup.shared, setup.initial)
-    parts = {"contract": clients.consent.contract.digest, act.INITIAL: adapters.digest(initial)}
+    parts = {"contract": clients.consent.contract.digest}
+    if initial:  # else an app keeps its own model
+        parts[act.INITIAL] = adapters.digest(initial)
     _begin(record, setup, plan, parts)
     (out / "contract.toml").write_text(clients.consent.contract.text, encoding="utf-8")
     if rebaseline is not None:
         act.rebaseline(record, rebaseline)
     if not record.rounds:
-        adapters.save(round_folder(out, 0), initial, setup.lora, setup.base)
+        _keep(out, 0, initial, setup)
     act.point(out, record)
     (state, judged), past = act.judged(record, plan), act.past(record)
     drills = DrillDowns.of(record, judged)
-    kept = adapters.load(round_folder(out, lineage(past)[0]))
+    kept = adapters.load(round_folder(out, lineage(past)[0])) if initial else {}
     shared = {name: kept[name] for name in setup.shared}
     to_come = () if act.held(record) else range(record.rounds + 1, study.rounds + 1)
     with _interruptible() as interrupted, Protection(setup, record, clients.remembers, clients.there) as protected:
@@ -115,7 +117,7 @@ def run(
             if UPDATE in releases:
                 shared = apply_update(shared, releases[UPDATE].total)
             published = setup.method.published(shared, setup.initial)
-            adapters.save(round_folder(out, t), published, setup.lora, setup.base)
+            _keep(out, t, published, setup)
             # 6 the tests step on the new releases   7 policy over the evidence
             state, evidence = monitor.step(plan, state, releases)
             verdict = judge(evidence, releases.get("utility"), study.policy.on_alarm, past)
@@ -180,6 +182,11 @@ def _begin(record: RunRecord, setup: Setup, plan: monitor.Plan, parts: Mapping[s
 def _note_time(out: Path, round: int, seconds: float) -> None:
     with (out / "timing.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"round": round, "seconds": float(f"{seconds:.3f}")}) + "\n")
+
+
+def _keep(out: Path, round: int, adapter: adapters.Adapter, setup: Setup) -> None:
+    if adapter:
+        adapters.save(round_folder(out, round), adapter, setup.lora, setup.base)
 
 
 @contextmanager

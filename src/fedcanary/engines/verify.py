@@ -30,8 +30,12 @@ def verify(folder: Path) -> dict[str, Any]:
             problems.append(
                 Problem(f"round {body['round']}", f"{body['probe']} was released without a charge", "distrust this run")
             )
-    made = {int(body["round"]): str(body["adapter"]) for body in record.of("round")}
-    for round, digest in {0: record.header["digests"][act.INITIAL], **made}.items():
+    pointer, made = act.pointer(record), {}
+    if pointer is not None:
+        made = {int(body["round"]): str(body["adapter"]) for body in record.of("round")}
+        made[0] = record.header["digests"][act.INITIAL]
+        problems += _pointer_problems(folder, pointer)
+    for round, digest in sorted(made.items()):
         place = act.round_folder(folder, round)
         try:
             found = adapters.digest(adapters.load(place))
@@ -40,7 +44,6 @@ def verify(folder: Path) -> dict[str, Any]:
             continue
         if found != digest:
             problems.append(Problem(str(place), "is not the adapter of the record", "restore it from a backup"))
-    problems += _pointer_problems(folder, record)
     problems += _contract_problems(folder, record)
     problems += _ledger_problems(folder, record)
     if problems:
@@ -49,19 +52,19 @@ def verify(folder: Path) -> dict[str, Any]:
         "entries": len(record.entries),
         "rounds": record.rounds,
         "ended": record.ended,
-        "adopted": act.pointer(record)["adopted"],
+        "adopted": pointer and pointer["adopted"],
         "digest": record.digest,
     }
 
 
-def _pointer_problems(folder: Path, record: RunRecord) -> list[Problem]:
+def _pointer_problems(folder: Path, pointer: dict[str, Any]) -> list[Problem]:
     """Whoever deploys reads the pointer, so it must name what the record adopted."""
-    place, remedy = folder / "adapters" / act.ADOPTED, f"deploy {act.pointer(record)['folder']}, and restore the file"
+    place, remedy = folder / "adapters" / act.ADOPTED, f"deploy {pointer['folder']}, and restore the file"
     try:
         found = json.loads(place.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return [Problem(str(place), f"cannot be read ({error})", remedy)]
-    return [] if found == act.pointer(record) else [Problem(str(place), "is not what the record adopted", remedy)]
+    return [] if found == pointer else [Problem(str(place), "is not what the record adopted", remedy)]
 
 
 def _contract_problems(folder: Path, record: RunRecord) -> list[Problem]:

@@ -17,8 +17,7 @@ def actions_of(record: RunRecord) -> dict[str, Any]:
     """The summary's blocks `adopted`, `rebaselines` and `guard`."""
     verdicts = [body["verdict"] for body in record.of("round")]
     adopted = None
-    if verdicts:
-        found = act.pointer(record)
+    if verdicts and (found := act.pointer(record)) is not None:
         place = {"round": found["adopted"], "folder": f"adapters/{found['folder']}", "adapter": found["adapter"]}
         adopted = {**place, "clear_round": verdicts[-1]["clear_round"]}
     declared = record.header["study"]["monitor"]["rebaselines"]

@@ -446,7 +446,7 @@ def test_an_app_that_trains_a_peft_adapter_is_read_and_trains_the_same(tmp_path,
             edit(app / "study.toml", ("clients = 24", "clients = 2"), (table, 'trust = "none"'))
         edit(app / "orders" / "task.py", ("range(36)", "range(12)"), ("rows[:24], rows[24:]", "rows[:8], rows[8:]"))
         with within(app):
-            Federation(app, 2, {"num-server-rounds": 2, "learning-rate": 0.01}).run()
+            Federation(app, 2, {"num-server-rounds": 2, "local-epochs": 1, "learning-rate": 0.01}).run()
         finals.append(torch.load(folder / "orders.pt"))
         if ours:
             released = RunRecord.load(folder / "fedcanary-runs" / "1").releases()

@@ -15,7 +15,7 @@ def train(message: Message, context: Context) -> Message:
     model = get_model()
     set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
     rows, _ = load_data(context.node_config["partition-id"], context.node_config["num-partitions"])
-    loss = fit(model, rows, context.run_config["learning-rate"])
+    loss = fit(model, rows, context.run_config["local-epochs"], context.run_config["learning-rate"])
     arrays = ArrayRecord(get_peft_model_state_dict(model))
     metrics = MetricRecord({"train-loss": loss, "num-examples": len(rows)})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)

@@ -32,13 +32,13 @@ def load_data(partition_id, num_partitions):
     return rows[:24], rows[24:]
 
 
-def fit(model, rows, lr):
-    """Train the adapter in place for one epoch; the mean loss."""
+def fit(model, rows, epochs, lr):
+    """Train the adapter in place; the mean loss."""
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
     model.train()
-    for start in range(0, len(rows), 8):
+    for start in list(range(0, len(rows), 8)) * epochs:
         batch = rows[start : start + 8]
         texts = [row["prompt"] + row["response"] for row in batch]
         inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)

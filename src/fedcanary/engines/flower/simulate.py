@@ -6,6 +6,8 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tomli_w
@@ -43,34 +45,46 @@ def run(
     workers = workers or min(os.cpu_count() or 1, WORKERS)
     (out / live.NAME).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="fl") as name:  # short: Ray's sockets lie in it
-        home, port = Path(name), free_port()
+        home = Path(name)
         if app is None:
             write_app(home / "app")
         else:
             shutil.copytree(app, home / "app")
-        connection = {"address": f"127.0.0.1:{port}", "insecure": True}
-        tables = {"superlink": {"default": "simulation", "simulation": connection}}
-        (home / "config.toml").write_text(tomli_w.dumps(tables), "utf-8")
         words = {"study": str(study.resolve()), "out": str(out.resolve()), "state": str((out / "clients").resolve())}
         (home / "run-config.toml").write_text(tomli_w.dumps(words), "utf-8")
-        link = [*shut("flower-superlink", pin_of(home / "app")), "--insecure", "--simulation"]
-        link += ["--host", "127.0.0.1", "--port", str(port), "--database", str(home / "state.db")]
-        link += ["--disable-runtime-dependency-installation"]
-        federation = f"num-supernodes={clients} client-resources-num-cpus=1 init-args-num-cpus={workers}"
-        submit = [program("flwr"), "run", str(home / "app"), "simulation", "--stream"]
-        submit += ["--federation-config", federation, "-c", str(home / "run-config.toml")]
-        extra = {"RAY_TMPDIR": name, "RAY_USAGE_STATS_ENABLED": "0"}
-        with Group(secrets.token_hex(8)) as group:
-            try:
-                part = Part(id=group.id, name="superlink", home=home, command=lambda: link, extra=extra)
-                group.add(part)
-                group.wait(part, START, lambda: answers(f"http://127.0.0.1:{port}/health"))
-                streamed = Part(id=group.id, name="run", home=home, command=lambda: submit)
-                group.add(streamed)
+        link = shut("flower-superlink", pin_of(home / "app"))
+        try:
+            with simulated(home / "app", clients, workers, link, str(home / "run-config.toml"), home=home) as streamed:
                 code = watched(streamed, out, screen)
                 if code is None:
                     raise without_result(streamed)
                 return code
-            finally:
-                if (home / "run.log").exists():
-                    shutil.copy(home / "run.log", out / LOG)
+        finally:
+            if (home / "run.log").exists():
+                shutil.copy(home / "run.log", out / LOG)
+
+
+@contextmanager
+def simulated(app: Path, clients: int, workers: int, link: Sequence[str], config: str, *, home: Path) -> Iterator[Part]:
+    """Start any app in Flower's simulation, in a SuperLink (`link` is the command for one) that ends with the context.
+
+    Gives the process that streams what the run says, and ends with it. `config` is a file of the app's configuration or
+    its words; all that Flower and Ray write goes to `home`, whose path is to be short.
+
+    Raises:
+        BadInput: Flower is not installed, or its SuperLink does not come up.
+    """
+    port = free_port()
+    connection = {"address": f"127.0.0.1:{port}", "insecure": True}
+    tables = {"superlink": {"default": "simulation", "simulation": connection}}
+    (home / "config.toml").write_text(tomli_w.dumps(tables), "utf-8")
+    start = [*link, "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    start += ["--database", str(home / "state.db"), "--disable-runtime-dependency-installation"]
+    federation = f"num-supernodes={clients} client-resources-num-cpus=1 init-args-num-cpus={workers}"
+    submit = [program("flwr"), "run", str(app), "simulation", "--stream", "--federation-config", federation]
+    extra = {"RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
+    with Group(secrets.token_hex(8)) as group:
+        part = Part(id=group.id, name="superlink", home=home, command=lambda: start, extra=extra)
+        group.add(part)
+        group.wait(part, START, lambda: answers(f"http://127.0.0.1:{port}/health"))
+        yield group.add(Part(id=group.id, name="run", home=home, command=lambda: [*submit, "-c", config]))

@@ -1,6 +1,6 @@
 """Bytes of a round's messages on Flower under secure aggregation, by step; prints a table.
 
-    OMP_NUM_THREADS=1 python benchmarks/flower_messages.py [--clients 10 64 200] [--length N --shared N]
+    OMP_NUM_THREADS=1 python benchmarks/flower/messages.py [--clients 10 64 200] [--length N --shared N]
 
 One round of made-up clients through the protocol itself, with vectors as long as the demonstration's (which takes its
 model, and seconds) or `--length` entries, `--shared` of them trained. Counted are parcels as `wire.py` spells them;
