@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Nothing here needs a model hub: a missing file is an error, not a download.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-flower test test-all lint bench bench-silentbench bench-demo bench-plants bench-secagg bench-planner bench-speed bench-engine bench-panels bench-monitoring example-hatecheck example-shakespeare bundled clean help
+.PHONY: demo demo-flower test test-all lint bench bench-silentbench bench-demo bench-plants bench-secagg bench-planner bench-speed bench-engine bench-flower bench-panels bench-monitoring example-hatecheck example-shakespeare bundled clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 22
@@ -93,6 +93,12 @@ bench-speed: $(VENV)/.test ## ours beside peft, Flower and pfl on the same job (
 
 bench-engine: $(VENV)/.test ## what was tried to make stacked training faster, with and without (15 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engine_attempts
+
+bench-flower: $(VENV)/.test ## messages, the server's own code, SuperLink, and what watching adds to an app (30 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/flower/messages.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/flower/server.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/flower/superlink.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/flower/overhead.py --repeats 1
 
 bench-panels: $(VENV)/.installed ## a million clients' readings to a verdict: time and memory
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/panels.py

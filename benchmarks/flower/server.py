@@ -28,7 +28,7 @@ from fedcanary.cli_privacy import DEMONSTRATION
 from fedcanary.engines import privacy_terms
 from fedcanary.engines.clients import Clients
 from fedcanary.engines.consent import Consent
-from fedcanary.engines.flower.clients import FlowerClients
+from fedcanary.engines.flower.clients import JOURNAL, FlowerClients
 from fedcanary.engines.flower.exchange import Link
 from fedcanary.engines.flower.grid import InProcessGrid
 from fedcanary.engines.flower.node import AGREE, HELLO, KEYS, SHARE, TRAIN, UNMASK
@@ -105,8 +105,8 @@ class Crowd:
         )
 
 
-def measure(count: int) -> tuple[float, float, int]:
-    """CPU milliseconds of the server for a client's round, those of the client beside them, and exchanges a round."""
+def measure(count: int) -> tuple[float, float, float, int]:
+    """CPU ms of the server for a client's round, the client's own, KiB of journal a client, exchanges a round."""
     words = [f"clients.count={count}", f"rounds={ROUNDS}", "privacy.panel=same", "privacy.min_cohort=4"]
     setup = prepare(study.load(DEMONSTRATION, words), cache())
     crowd = Crowd(setup)
@@ -121,14 +121,15 @@ def measure(count: int) -> tuple[float, float, int]:
                 times.append((time.process_time(), crowd.spent, link.exchanges))
 
         released = pipeline.run(setup, Path(folder), clients=clients, watch=watch).releases()
+        kib = sum(file.stat().st_size for file in Path(folder).glob(f"{JOURNAL}*")) / 1024
     if [round["utility"].count for round in released.values()] != [count] * ROUNDS:
         raise SystemExit("somebody was left out")
     rounds = np.diff(np.array(times), axis=0)
     spent = median(whole - theirs for whole, theirs, _ in rounds)
-    return 1000 * spent / count, 1000 * median(rounds[:, 1]) / count, int(max(rounds[:, 2]))
+    return 1000 * spent / count, 1000 * median(rounds[:, 1]) / count, kib / count, int(max(rounds[:, 2]))
 
 
-def pieces(server: float, link: float, app: float, poll: float, down: int, up: int) -> None:
+def pieces(server: float, kib: float, link: float, app: float, poll: float, down: int, up: int) -> None:
     """What a round comes to for many clients, if all grows as measured."""
     print("| of a round with | 10,000 clients | 1,000,000 clients |\n| :-- | --: | --: |")
     each = {
@@ -139,6 +140,7 @@ def pieces(server: float, link: float, app: float, poll: float, down: int, up: i
     for name, cost in each.items():
         print(f"| {name} | {1e4 * cost:,.1f} | {1e6 * cost:,.0f} |")
     print(f"| SuperLink, cores that only answer polls | {1e4 * poll / 3000:,.0f} | {1e6 * poll / 3000:,.0f} |")
+    print(f"| server's journal, GB | {1e4 * kib / 1e6:,.1f} | {1e6 * kib / 1e6:,.0f} |")
     print(f"| traffic, GB | {1e4 * (down + up) / 1e9:,.1f} | {1e6 * (down + up) / 1e9:,.0f} |")
 
 
@@ -151,14 +153,15 @@ def main(given: Sequence[str] | None = None) -> None:
     for name in ("down", "up"):
         parser.add_argument(f"--{name}", type=int, help="bytes to or from a client in a round")
     chosen = parser.parse_args(given)
-    print("| clients | server, ms a client | a client, ms | exchanges a round |\n| --: | --: | --: | --: |")
+    print("| clients | server, ms a client | a client, ms | journal, KiB a client | exchanges a round |")
+    print("| --: | --: | --: | --: | --: |")
     for count in chosen.clients:
-        server, client, exchanges = measure(count)
-        print(f"| {count:,} | {server:.1f} | {client:.1f} | {exchanges} |", flush=True)
+        server, client, kib, exchanges = measure(count)
+        print(f"| {count:,} | {server:.1f} | {client:.1f} | {kib:.0f} | {exchanges} |", flush=True)
     rest = (chosen.link, chosen.app, chosen.poll, chosen.down, chosen.up)
     if None not in rest:
         print()
-        pieces(server, *rest)
+        pieces(server, kib, *rest)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a message costs Flower's SuperLink and the ServerApp's process, by its size; prints a table and a line.
 
-    OMP_NUM_THREADS=1 python benchmarks/flower/superlink.py [--nodes 16] [--exchanges 10]
+    OMP_NUM_THREADS=1 python benchmarks/flower/superlink.py [--nodes 16] [--exchanges 5]
 
 A SuperLink with TLS and registered keys, as `fedcanary deploy` starts it. Nodes are connections of this process: they
 speak Flower's protocol, and answer at once with as many random bytes as they got, so that what is counted is the
@@ -30,8 +30,8 @@ from fedcanary.engines.flower import application, certificates, deploy, operate,
 from fedcanary.engines.flower.live import Screen
 from fedcanary.engines.flower.processes import Group
 
-SIZES = (1 << 10, 1 << 16, 1 << 18, 1 << 20)  # bytes of a record's content
-POLL = 0.5  # seconds between two polls of a node
+SIZES = (1 << 10, 1 << 17, 1 << 20)  # bytes of a record's content
+POLL = 3.0  # seconds between two polls of a node, as Flower has it
 CODE = """
 import json, os, time
 from pathlib import Path
@@ -163,7 +163,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=16)
-    parser.add_argument("--exchanges", type=int, default=10)
+    parser.add_argument("--exchanges", type=int, default=5)
     parser.add_argument("--idle", type=float, default=30.0, help="seconds of polls alone (default 30)")
     chosen = parser.parse_args()
     (_, before), (_, idle), *phases = measure(chosen.nodes, chosen.exchanges, chosen.idle)

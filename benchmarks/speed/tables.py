@@ -230,7 +230,7 @@ def distance_table(runs: Sequence[Mapping[str, Any]]) -> str:
         if offs:
             worst = [f"{max(off[key] for off in offs):.1e}" for key in TOLERANCE]
             lines.append(_line(contender, len(offs), *worst))
-    lines.append(_line("allowed", "", *(f"{limit:.0e}" for limit in TOLERANCE.values())))
+    lines.append(_line("allowed", "", *(f"{limit:.1e}" for limit in TOLERANCE.values())))
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from fedcanary.clients import panel
 from fedcanary.engines import privacy_terms
 from fedcanary.engines.clients import Work
 from fedcanary.engines.consent import UNBOUNDED, Consent
-from fedcanary.engines.local import LocalClients
+from fedcanary.engines.local import LocalClients, apply_update
 from fedcanary.engines.protection import LEDGER, Protection
 from fedcanary.errors import BadInput, ClientFailed
 from fedcanary.models import adapters
@@ -274,3 +274,12 @@ def test_the_floor_is_of_those_who_answer(tmp_path):
         cohort = protected.cohort(1)
         assert (len(cohort.clients), len(cohort.trainers)) == (20, 15)
         assert protected.gate(1, cohort).terms == privacy_terms.terms(setup.study, 20)
+
+
+@pytest.mark.parametrize("weight", [0.0, -0.5, float("nan")])
+def test_no_weight_to_divide_by_moves_nothing(weight):
+    """Noise on a small cohort's sum can leave none."""
+    shared = {"a": torch.tensor([1.0, 2.0])}
+    assert apply_update(shared, np.array([3.0, 4.0, weight])) == shared
+    moved = apply_update(shared, np.array([3.0, 4.0, 2.0]))
+    assert moved["a"].tolist() == [2.5, 4.0]

@@ -425,8 +425,13 @@ class LocalClients(Clients):
 
 
 def apply_update(shared: Adapter, total: Array) -> Adapter:
-    """The server's step: add the released weighted mean change to the shared tensors."""
+    """The server's step: add the released weighted mean change to the shared tensors.
+
+    Noise may leave no weight, or less; then there is no mean, and the shared tensors stay.
+    """
     weight = total[-1]
+    if not weight > 0:
+        return shared
     new, at = {}, 0
     for name, tensor in sorted(shared.items()):
         change = torch.from_numpy(total[at : at + tensor.numel()] / weight).reshape(tensor.shape)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
-from typing import Final
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -18,10 +17,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedcanary.engines.flower import certificates
 from fedcanary.engines.flower.node import FAILED, Node, host
-from fedcanary.engines.flower.wire import Answer, Malformed, data_of, decode_asks, encode, record
+from fedcanary.engines.flower.wire import LARGEST, Answer, Malformed, data_of, decode_asks, encode, record
 from fedcanary.engines.places import place
-
-LIMIT: Final = 1 << 30  # bytes of a parcel that a client reads
 
 client_app = ClientApp()
 server_app = ServerApp()
@@ -32,7 +29,7 @@ server_app = ServerApp()
 def answer(message: Message, context: Context) -> Message:
     """What comes from the server, answered; nothing is raised, as an exception's text would travel."""
     try:
-        asks = decode_asks(data_of(message.content), LIMIT)
+        asks = decode_asks(data_of(message.content), LARGEST)
     except Malformed:
         return Message(record(encode([])), reply_to=message)
     try:

@@ -23,11 +23,21 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from fedcanary.engines.flower.attach import find
 from fedcanary.engines.flower.attach_node import AppNode, Trained, app_of, host_of
 from fedcanary.engines.flower.node import FAILED, HELLO, Wrong
-from fedcanary.engines.flower.wire import KEY, RECORD, Answer, Ask, Malformed, data_of, decode_asks, encode, record
+from fedcanary.engines.flower.wire import (
+    KEY,
+    LARGEST,
+    RECORD,
+    Answer,
+    Ask,
+    Malformed,
+    data_of,
+    decode_asks,
+    encode,
+    record,
+)
 from fedcanary.models.adapters import Adapter
 
 STUDY: Final = "study.toml"
-LIMIT: Final = 1 << 30  # bytes of a parcel that a client reads
 RUN, BASE = "run", "base"  # keys beside the parcel, in what comes with a training
 
 
@@ -74,7 +84,7 @@ def _answered(study: Path, part: ConfigRecord, received: Adapter, returned: Adap
     """What the client says of its training; nothing is raised, as an exception's text would travel."""
     try:
         parcel, run, base = part.get(KEY), part.get(RUN), part.get(BASE)
-        asks = decode_asks(parcel if isinstance(parcel, bytes) else b"", LIMIT)
+        asks = decode_asks(parcel if isinstance(parcel, bytes) else b"", LARGEST)
     except Malformed:
         return encode([])
     try:
@@ -97,7 +107,7 @@ def _answered(study: Path, part: ConfigRecord, received: Adapter, returned: Adap
 def _asked(study: Path, message: Message, context: Context) -> Message:
     """A question of a secure sum, answered."""
     try:
-        asks = decode_asks(data_of(message.content), LIMIT)
+        asks = decode_asks(data_of(message.content), LARGEST)
     except Malformed:
         return Message(record(encode([])), reply_to=message)
     try:

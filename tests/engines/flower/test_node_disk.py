@@ -99,7 +99,7 @@ def test_what_flowers_handler_gets_is_answered_whatever_it_is(room):
 
 
 def test_a_parcel_above_the_limit_is_not_read(room, monkeypatch):
-    monkeypatch.setattr(apps, "LIMIT", 1000)
+    monkeypatch.setattr(apps, "LARGEST", 1000)
     grid = InProcessGrid({100: {"client": 0, "study": "none.toml", "folder": str(room)}}, apps.client_app)
     big = Ask(KEYS, {"round": 1, "sum": "a", "cohort": 4, "more": bytes(1000)})
     (reply,) = grid.send_and_receive([Message(record(encode([big])), 100, QUERY, ttl=9.0)])

@@ -30,7 +30,6 @@ from fedcanary.engines.flower import attach_node
 from fedcanary.engines.flower.attach import AppSetup
 from fedcanary.engines.flower.attach_node import BASE, NO_BASE, SEALED_HERE
 from fedcanary.engines.flower.clients import (
-    LARGEST,
     QUERY,
     FlowerClients,
     Group,
@@ -43,7 +42,7 @@ from fedcanary.engines.flower.exchange import Link
 from fedcanary.engines.flower.journal import Entry, Journal
 from fedcanary.engines.flower.node import TRAIN, WORDS
 from fedcanary.engines.flower.reading import Own
-from fedcanary.engines.flower.wire import Answer, Ask, Malformed, Value, decode_answers, encode
+from fedcanary.engines.flower.wire import LARGEST, Answer, Ask, Malformed, Value, decode_answers, encode
 from fedcanary.engines.protection import Cohort
 from fedcanary.models.adapters import Adapter
 from fedcanary.privacy import secagg

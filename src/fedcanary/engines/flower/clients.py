@@ -29,7 +29,7 @@ from fedcanary.engines.consent import Consent
 from fedcanary.engines.flower.exchange import Link
 from fedcanary.engines.flower.journal import Entry, Journal
 from fedcanary.engines.flower.node import AGREE, HELLO, KEYS, SHARE, TRAIN, UNMASK, WORDS
-from fedcanary.engines.flower.wire import Answer, Ask, Value, decode_answers, encode
+from fedcanary.engines.flower.wire import LARGEST, Answer, Ask, Value, decode_answers, encode
 from fedcanary.engines.protection import Cohort
 from fedcanary.engines.reference import base_probabilities
 from fedcanary.engines.setup import Setup
@@ -47,7 +47,6 @@ TOKENS: Final = 1024  # of public items that the base reads at once
 JOURNAL: Final = "flower.sqlite"
 CLOSED, SUM = "closed", "sum"  # kinds of entries beside those of answers, which are the asks'
 REASONS: Final = frozenset(reason.value for reason in Reason)
-LARGEST: Final = 1 << 31
 SETTLED: Final = 30.0  # seconds for those who are late where enough are there, and for a node to say who it is
 
 

@@ -278,6 +278,7 @@ Start it:  fedcanary deploy node .        (in this folder, on the client's own m
 - `flower.key`: by it the SuperLink knows this node. `state/identity.pem`: by it the other clients know it when sums are
   kept secret from the server. Whoever made these files could have kept copies. Trust them with it; or, before the first
   run, make both anew with fedcanary deploy rekey, and have what it prints put into everybody's `registry.toml`.
-- `state/`: this client's ledger, private adapters and answers given. Back it up; never run two copies of it.
+- `state/`: this client's ledger, private adapters and answers given. Back it up without `journal.sqlite`: put back, it
+  would say less than has been answered. Never run two copies of it.
 - `flower/`: Flower's logs. It may be deleted while nothing runs.
 """

@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from fedcanary.engines.flower.wire import Answer, Ask, Malformed, data_of, decode_answers, encode, record
+from fedcanary.engines.flower.wire import LARGEST, Answer, Ask, Malformed, data_of, decode_answers, encode, record
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 FIRST: Final = 0.2  # seconds until the second poll; each wait is half longer than the one before, up to `poll`
 MARGIN: Final = 60.0  # seconds that a message outlives its exchange: for a node whose clock goes ahead
-LIMIT: Final = 1 << 28  # bytes of one reply
 BATCH: Final = 1 << 25  # bytes that are pushed at once
 PULL: Final = 32  # replies that are in memory at once
 OURS: Final = ("httpx", "httpcore", "grpc")  # whose exceptions are about the way to SuperLink, not about a reply
@@ -82,7 +81,7 @@ class Link:
         grid: Grid,
         *,
         poll: float = 1.0,
-        limit: int = LIMIT,
+        limit: int = LARGEST,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:

@@ -39,7 +39,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedcanary import __version__
 from fedcanary.engines.flower.certificates import REGISTRY, load_identity, load_registry
 from fedcanary.engines.flower.journal import Entry, Journal
-from fedcanary.engines.flower.wire import Answer, Ask, Value, decode_answers, encode
+from fedcanary.engines.flower.wire import LARGEST, Answer, Ask, Value, decode_answers, encode
 from fedcanary.engines.places import place
 from fedcanary.privacy import secagg
 from fedcanary.privacy.contract import Reason, Request
@@ -63,7 +63,6 @@ WORDS: Final = frozenset(
         *("overflow", "too_few_neighbours", "too_few_survivors", "already_answered"),
     }
 )
-LIMIT: Final = 1 << 31  # bytes of an answer; what was read back from the own disk is not checked for more
 
 Fields = Mapping[str, Value]
 Said = tuple[Fields, list[Entry]]  # an answer, and what is kept with it
@@ -176,7 +175,7 @@ class Node:
 
     def _answer(self, journal: Journal, ask: Ask) -> Answer:
         if known := journal.get(ANSWER, ask.id):
-            return decode_answers(known, LIMIT)[0]
+            return decode_answers(known, LARGEST)[0]
         try:
             if ask.kind == HELLO:
                 return Answer(ask.id, self._hello())

@@ -33,6 +33,7 @@ Value = bytes | str | int | float
 
 VERSION: Final = 1
 MOST: Final = 16  # asks in a parcel
+LARGEST: Final = 1 << 30  # bytes of a parcel that is read at all
 ASKS, ANSWERS = 0, 1
 BYTES, TEXT, INT, FLOAT = range(4)
 RECORD, KEY = "fedcanary", "parcel"
