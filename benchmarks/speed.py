@@ -223,7 +223,8 @@ AdamW. What is compared was checked to be the same: see "Same job" below.
 Ratios are of medians over the runs; above 1 ours is cheaper. `net` leaves out the start and is per client-step: the
 CPU time of the process between the start of its first round and the end of its last (Flower: less a run of no
 rounds, in which its workers load the model).
-A cell that costs peft's loop less than about {cells.SMALL:.0f} s is measured several times (`runs`), the others once.
+A cell that costs peft's loop less than about {cells.SMALL:.0f} s, or that a target is about at 100 clients, is measured
+several times (`runs`), the others once.
 Batches of one cell are `rows x tokens`.
 
 ## Targets

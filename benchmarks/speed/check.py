@@ -3,11 +3,11 @@
 The distance of two results is the L2 norm of the difference of their shared adapters over the norm of what the
 reference's adapter moved in all, and the largest relative difference of a round's mean loss. AdamW divides by the
 gradient's size, so rounding grows where a gradient is nearly zero: single coordinates may be far apart, and the norm of
-the whole is what can be held to a bound. TOLERANCE lies between what float32 itself leaves open and the smallest mistake
-there can be. `speed.py --calibrate` does a job twice with peft, the second time with each batch's rows in reverse (the
-same sums in another order), and README.md shows how far apart the two are; Flower, whose clients run peft's own code, is
-off by .0011 at 400 clients, as it averages whole float32 adapters and not what they moved. One client of 400 dropped is
-off by at least 1/400. Ours is held to peft within 1e-10 in float64 by the tests.
+the whole is what can be held to a bound. TOLERANCE lies between what float32 itself leaves open and the smallest
+mistake there can be. `speed.py --calibrate` does a job twice with peft, the second time with each batch's rows in
+reverse (the same sums in another order), and README.md shows how far apart the two are; Flower, whose clients run
+peft's own code, is off by .0011 at 400 clients, as it averages whole float32 adapters and not what they moved. One
+client of 400 dropped is off by at least 1/400. Ours is held to peft within 1e-10 in float64 by the tests.
 """
 
 from __future__ import annotations

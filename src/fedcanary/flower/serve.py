@@ -105,7 +105,7 @@ class _Live:
         draft.write_text(json.dumps(self._word), "utf-8")
         draft.replace(self._file)
 
-    def step(self, name: str, done: int, clients: int) -> None:
+    def step(self, name: str, done: int, clients: int, round: int) -> None:
         """What an exchange is about, and how many have answered."""
         self._word.pop("verdict", None)
-        self(step=name, done=done, clients=clients, round=self._word.get("round"))
+        self(step=name, done=done, clients=clients, round=round)

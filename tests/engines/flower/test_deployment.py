@@ -32,7 +32,14 @@ STUDY = (
         "clients.eval_examples=8",
         "personalize.epochs=1",
     ),
-    *("privacy.panel=same", "privacy.min_cohort=3", "privacy.noise=simulated", "engine.stack=1", "engine.threads=1"),
+    *(
+        "privacy.panel=same",
+        "privacy.min_cohort=3",
+        "privacy.dropouts=0.3",
+        "privacy.noise=simulated",
+        "engine.stack=1",
+        "engine.threads=1",
+    ),
 )
 STARTED: list[subprocess.Popen] = []
 FEDCANARY = (sys.executable, "-m", "fedcanary")

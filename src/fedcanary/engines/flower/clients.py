@@ -89,7 +89,7 @@ class FlowerClients(Clients):
     """A run's clients, over a `Link`.
 
     `registry` is the list of the clients' keys, for secure aggregation. `note` is told what is under way: the step, how
-    many have answered, of how many. `refused` counts answers by the word of their refusal.
+    many have answered, of how many, and the round. `refused` counts answers by the word of their refusal.
     """
 
     words: ClassVar[frozenset[str]] = WORDS  # of refusal, as nodes of this kind say them
@@ -102,7 +102,7 @@ class FlowerClients(Clients):
         registry: secagg.Registry | None,
         *,
         patience: Patience = Patience(),
-        note: Callable[[str, int, int], None] = lambda step, done, clients: None,
+        note: Callable[[str, int, int, int], None] = lambda step, done, clients, round: None,
     ) -> None:
         if setup.study.clients.also_train and setup.study.privacy.trust == "secure_aggregation":
             raise BadInput.of(
@@ -119,6 +119,7 @@ class FlowerClients(Clients):
         self._client_of: dict[int, int | None] = {}  # by node; None for a node that is of no use here
         self._silent: set[int] = set()  # nodes that did not say who they are
         self._sums: dict[int, Sum] = {}
+        self._round = 1  # that is under way
         self._shared = sum(tensor.numel() for tensor in setup.shared.values())
 
     def base_answers(self, role: Role) -> tuple[tuple[Item, ...], Array]:
@@ -298,8 +299,8 @@ class FlowerClients(Clients):
         node_of = self._reached() if waiting else {}
         client_of = {node_of[client]: client for client in waiting if client in node_of}
         parcels = {node: [ask for _, ask in waiting[client]] for node, client in client_of.items()}
-        step = " and ".join(group.kind for group in groups)
-        self._note(step, done, everyone)
+        step, self._round = " and ".join(group.kind for group in groups), groups[0].round
+        self._note(step, done, everyone, self._round)
         for node, answers in self._link.exchange(parcels, message_type, timeout, str(groups[0].round)):
             client, asked = client_of[node], {ask.id: group for group, ask in waiting[client_of[node]]}
             self.refused.update(self._word(answer.refused) for answer in answers if answer.refused)
@@ -308,7 +309,7 @@ class FlowerClients(Clients):
             ]
             self._journal.put(*(Entry(g.kind, f"{g.label}/{client}", g.round, encode([a])) for g, a in told))
             done += 1
-            self._note(step, done, everyone)
+            self._note(step, done, everyone, self._round)
             for group, answer in told:
                 yield group, client, answer
         self._journal.put(*(Entry(CLOSED, f"{group.kind} {group.label}", group.round, b"") for group in groups))
@@ -347,7 +348,7 @@ class FlowerClients(Clients):
                 raise Unreachable.of("nodes", what + self._words(), "start their nodes (see their logs), and resume")
             if len(there) < least:
                 self._silent.clear()
-            self._note("waiting for nodes", len(there), len(clients))
+            self._note("waiting for nodes", len(there), len(clients), self._round)
             self._link.sleep(min(self._link.poll, self._patience.nodes - passed))
 
     def _words(self) -> str:
