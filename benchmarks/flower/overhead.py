@@ -38,7 +38,7 @@ class Cell:
     example: str
     clients: int
     epochs: int
-    rounds: tuple[int, int] = (1, 4)
+    rounds: tuple[int, int] = (1, 3)
 
     def __str__(self) -> str:
         return f"{self.example}, {self.clients} clients, {self.epochs} local epochs"
@@ -46,9 +46,9 @@ class Cell:
 
 WORK = [
     *(Cell("attach-pytorch", 24, epochs) for epochs in (2, 40, 200)),
-    *(Cell("attach-peft", 24, epochs) for epochs in (1, 8, 32)),
+    *(Cell("attach-peft", 24, epochs) for epochs in (1, 8)),
 ]
-SIZE = [Cell("attach-pytorch", clients, 2, (2, 2)) for clients in (24, 50, 100, 200)]
+SIZE = [Cell("attach-pytorch", clients, 2, (2, 2)) for clients in (24, 100, 200)]
 
 
 def app(cell: Cell, folder: Path, attach: bool) -> Path:
