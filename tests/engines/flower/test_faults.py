@@ -397,13 +397,13 @@ def test_soak_200_rounds_with_one_of_six_failing_every_third(room):
 
     def watch(progress) -> None:
         if progress.verdict is not None and progress.round % 20 == 0:
+            objects.append(live() - before)  # and all garbage is collected
             if progress.round == 40:  # all is loaded
                 tracemalloc.start()
             elif progress.round in (60, 200):
                 snapshot = tracemalloc.take_snapshot().filter_traces(without)
                 used.append(sum(trace.size for trace in snapshot.traces))
             journals.append(sum(file.stat().st_size for file in room.rglob("*.sqlite") if file.name != LEDGER))
-            objects.append(live() - before)
 
     began = time.process_time()
     try:
