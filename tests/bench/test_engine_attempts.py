@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from engine_attempts.__main__ import PARTS
+from engine_attempts.arithmetic import cross_entropy, one_table
+from engine_attempts.measuring import MISSED, REPEATS, gain
+from engine_attempts.page import THINGS, Row, page
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-# the benchmarks are not installed: their folder goes onto the path first
-from engine_attempts.__main__ import PARTS  # noqa: E402
-from engine_attempts.arithmetic import cross_entropy, one_table  # noqa: E402
-from engine_attempts.measuring import MISSED, REPEATS, gain  # noqa: E402
-from engine_attempts.page import THINGS, Row, page  # noqa: E402
-
-from fedcanary.models import stacked  # noqa: E402
-
-sys.path[:] = [entry for entry in sys.path if entry not in (str(BENCHMARKS), str(BENCHMARKS / "speed"))]
+from fedcanary.models import stacked
 
 
 def test_a_planted_difference_has_its_word_and_none_has_none():

@@ -10,19 +10,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import cells
+import check
 import numpy as np
 import pytest
+import tables
+from job import Job, data
 
 SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
-sys.path.insert(0, str(SPEED))
-
-# the benchmarks are scripts, not a package: their folder goes onto the path first
-import cells  # noqa: E402
-import check  # noqa: E402
-import tables  # noqa: E402
-from job import Job, data  # noqa: E402
-
-sys.path.remove(str(SPEED))
 
 CLIENTS = 400
 

@@ -63,8 +63,7 @@ class _Recent:
             if len(self._values) > self._size:
                 self._values.popitem(last=False)
         self._values.move_to_end(key)
-        # A key always has the type that its own `make` gave it, which a mapping cannot express.
-        return self._values[key]  # type: ignore[return-value]
+        return self._values[key]  # type: ignore[return-value]  # a key's own `make` gave it its type
 
 
 class LocalClients(Clients):

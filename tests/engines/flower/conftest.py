@@ -8,10 +8,9 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    # each for what loading it does
     import flwr.app
     import flwr.clientapp
-    import flwr.serverapp  # noqa: F401
+    import flwr.serverapp  # noqa: F401  # for what loading it does
     from federation import Federation
     from flwr.supercore.task_identity import TaskIdentity
     from rough import study

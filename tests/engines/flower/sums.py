@@ -26,7 +26,7 @@ from fedcanary.privacy.secagg.messages import Message
 @contextmanager
 def memory() -> Iterator[Path]:
     """A folder that no disk has to be waited for, where there is one."""
-    room = Path("/dev/shm")  # noqa: S108
+    room = Path("/dev/shm")  # noqa: S108  # memory; files in it have names of their own
     with tempfile.TemporaryDirectory(dir=room if room.is_dir() else None) as folder:
         yield Path(folder)
 

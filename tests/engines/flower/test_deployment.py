@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -61,11 +63,10 @@ def started(log: Path, *words: str, before: tuple[str, ...] = ()) -> subprocess.
     return found
 
 
-@pytest.fixture
-def made(tmp_path):
+@contextmanager
+def written(folder: Path, *words: str) -> Iterator[Path]:
     """A deployment that is not up, and is taken down with nothing left."""
-    folder = tmp_path / "d"
-    fedcanary("deploy", "init", str(folder), *sets())
+    fedcanary("deploy", "init", str(folder), *words, *sets())
     try:
         yield folder
     finally:
@@ -75,6 +76,12 @@ def made(tmp_path):
             one.wait()
         STARTED.clear()
         assert not living(load_server(folder / "server").id)
+
+
+@pytest.fixture
+def made(tmp_path):
+    with written(tmp_path / "d") as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -127,10 +134,13 @@ def tell(folder: Path, part: str, number: signal.Signals = signal.SIGKILL) -> No
         os.kill(pid, number)
 
 
-def impatient(folder: Path) -> None:
-    """The server waits for an exchange for a minute at most."""
+def impatient(folder: Path, **seconds: int) -> None:
+    """The server waits for an exchange for a minute at most, and for nodes as long as is said."""
     file = folder / "server" / "server.toml"
-    file.write_text(re.sub(r"^(train|step)_seconds = \d+", r"\1_seconds = 60", file.read_text(), flags=re.MULTILINE))
+    text = file.read_text()
+    for name, value in {"train": 60, "step": 60, **seconds}.items():
+        text = re.sub(rf"^{name}_seconds = \d+", f"{name}_seconds = {value}", text, flags=re.MULTILINE)
+    file.write_text(text)
 
 
 def counts(folder: Path) -> list[int]:
@@ -179,21 +189,18 @@ def test_a_node_that_hangs_is_left_out_until_it_goes_on_and_a_superlink_that_die
 @pytest.mark.timeout(900)
 def test_a_wrong_key_and_another_contract_take_no_part_and_the_run_says_so(made):
     """One of four has a key that nobody registered, one another contract: too few are left, until that is mended."""
-    impatient(made)
-    file = made / "server" / "server.toml"
-    file.write_text(re.sub(r"^nodes_seconds = \d+", "nodes_seconds = 90", file.read_text(), flags=re.MULTILINE))
+    impatient(made, nodes=90)
     fedcanary("deploy", "rekey", str(made / "nodes" / "003"), stdout=subprocess.DEVNULL)
     study = made / "nodes" / "002" / "study.toml"
     right = study.read_text()
     study.write_text(re.sub(r"^epsilon = .*", "epsilon = 7.0", right, flags=re.MULTILINE))
     assert study.read_text() != right
-    for name in ("server", "nodes/000", "nodes/001", "nodes/002", "nodes/003"):
-        kind = "server" if name == "server" else "node"
-        if kind == "node":
-            address(made, made / name)
-        started(made.parent / f"{name.replace('/', '-')}.log", "deploy", kind, str(made / name))
-        if kind == "server":
-            until_listening(made)
+    started(made.parent / "server.log", "deploy", "server", str(made / "server"))
+    until_listening(made)
+    for client in range(NODES):
+        node = made / "nodes" / f"{client:03d}"
+        address(made, node)
+        started(made.parent / f"node-{client}.log", "deploy", "node", str(node))
     run = begun(made)
     assert run.wait(timeout=400) not in (0, 3), said(made)
     assert "2 of 4 clients are online and of this contract, 3 are needed" in said(made)
@@ -250,10 +257,8 @@ def wire():
 @pytest.mark.timeout(900)
 def test_a_network_that_is_cut_and_healed_costs_no_round(wire, tmp_path):
     """The nodes are in one namespace, the server in another; the wire between them is cut in the midst of two steps."""
-    folder = tmp_path / "d"
-    fedcanary("deploy", "init", str(folder), "--host", THERE[1], "--port", str(free_port()), *sets())
-    id = load_server(folder / "server").id
-    try:
+    port = str(free_port())
+    with written(tmp_path / "d", "--host", THERE[1], "--port", port) as folder:
         started(tmp_path / "server.log", "deploy", "server", str(folder / "server"))
         until_listening(folder)
         for client in range(NODES):
@@ -271,10 +276,3 @@ def test_a_network_that_is_cut_and_healed_costs_no_round(wire, tmp_path):
         found = counts(folder)
         assert len(found) == ROUNDS
         assert min(found) >= NODES - 1
-    finally:
-        fedcanary("deploy", "down", str(folder))
-        for one in STARTED:
-            one.kill()
-            one.wait()
-        STARTED.clear()
-    assert not living(id)

@@ -208,7 +208,7 @@ def load_node(folder: Path, state: Path, client: int) -> tuple[Ed25519PrivateKey
         if line is not None and line.split()[:2] != registered.flower.split()[:2]:
             found.add(folder / FLOWER[0], f"is not the Flower key registered for client {client}", again)
     found.end()
-    assert own is not None  # else there was a problem  # noqa: S101
+    assert own is not None  # noqa: S101  # else there was a problem, and `end` raised it
     return own, members
 
 

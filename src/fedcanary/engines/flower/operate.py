@@ -158,7 +158,7 @@ class Ended(FedcanaryError):
 
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
-        self.exit_code = code  # type: ignore[misc]  # the server's own
+        self.exit_code = code  # type: ignore[misc]  # the class says one for all; here it is the run's
 
 
 def status(folder: Path) -> dict[str, Any]:
