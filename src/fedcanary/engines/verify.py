@@ -52,7 +52,7 @@ def verify(folder: Path) -> dict[str, Any]:
         "entries": len(record.entries),
         "rounds": record.rounds,
         "ended": record.ended,
-        "adopted": pointer and pointer["adopted"],
+        **({} if pointer is None else {"adopted": pointer["adopted"]}),
         "digest": record.digest,
     }
 
