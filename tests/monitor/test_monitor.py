@@ -297,6 +297,16 @@ def test_a_stream_inside_the_margin_never_alarms(mode, data):
     assert max(t[mode].e_worse for t in table) <= 1 + 1e-9
 
 
+@pytest.mark.parametrize("total, n, said", [(-6.0, 24, 0.0), (-1.0, 24, 0.0), (30.0, 24, 1.0), (6.0, 24, 0.25)])
+def test_a_share_that_noise_carries_beyond_0_or_1_is_shown_within_its_interval(total, n, said):
+    fair = Mode.FAIRNESS_COLLAPSE
+    (plan_of,) = (p for p in plan().modes if p.mode == fair)
+    noised = replace(release(fair, 1, {"tail": np.array([total])}, n), noise_std=(2.0,))
+    estimate, (low, high), _ = monitor.headline(plan_of, noised)
+    assert estimate == said
+    assert 0 <= low <= estimate <= high <= 1
+
+
 def test_estimates_and_intervals_are_of_the_round():
     d = np.array([-0.1, 0.0, -0.2, -0.1])
     table = walk(plan(), [{EROSION: answers(EROSION, d), Mode.FAIRNESS_COLLAPSE: answers(Mode.FAIRNESS_COLLAPSE, d)}])

@@ -378,7 +378,9 @@ def headline(mode_plan: ModePlan, release: Release) -> tuple[float, tuple[float,
     second = mean if stream.kind == "share" else release.sum(stream.square) / n
     half = 1.96 * math.sqrt(max(second - mean**2, 0.0) / n + (release.noise(stream.coord) / n) ** 2)
     low, high = value - half, value + half
-    return value, (max(low, 0.0), min(high, 1.0)) if stream.kind == "share" else (low, high), stream.name
+    if stream.kind == "share":  # noise carries it beyond 0 and 1, where no share is
+        low, value, high = (min(max(end, 0.0), 1.0) for end in (low, value, high))
+    return value, (low, high), stream.name
 
 
 def plan_body(plan: Plan) -> dict[str, Any]:
