@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from made_up import random_adapter
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from fedcanary.models import base, stacked
-from fedcanary.models.adapters import find_targets, initial
+from fedcanary.models import stacked
+from fedcanary.models.adapters import find_targets
 from fedcanary.personalize.fit import Recipe, fit
 from fedcanary.rng import derive, stream
 from fedcanary.types import Item
@@ -20,24 +21,7 @@ from oracles import peft_loop
 from oracles.tiny import ARCHITECTURES, CAUSAL, LABELS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-F64 = torch.float64
 PROMPTS = ("the owl asks", "a red stew", "who goes there on a cold day", "not", "in the Größe of things")
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    kept: dict[str, base.BaseModel] = {}
-
-    def load(name: str) -> base.BaseModel:
-        if name not in kept:
-            how = {"task": "classify", "labels": LABELS} if name == "bert" else {}
-            kept[name] = base.load(str(tiny[name]), dtype=F64, **how)
-        return kept[name]
-
-    yield load
-    torch.set_num_threads(before)
 
 
 def items(task: str, n: int, seed: int) -> list[Item]:
@@ -49,12 +33,6 @@ def items(task: str, n: int, seed: int) -> list[Item]:
     ]
 
 
-def adapter(model: base.BaseModel, lora, seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    like = initial(model, lora, seed, F64)
-    return {n: t + 0.1 * torch.randn(t.shape, generator=generator, dtype=F64) for n, t in like.items()}
-
-
 def order(k: int, epoch: int) -> np.random.Generator:
     return stream(1, "order", k, epoch)
 
@@ -63,8 +41,8 @@ def order(k: int, epoch: int) -> np.random.Generator:
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)
-def test_choices_share_the_prompts_pass_and_say_what_rows_of_their_own_say(loaded, architecture):
-    model = loaded(architecture)
+def test_choices_share_the_prompts_pass_and_say_what_rows_of_their_own_say(load, architecture):
+    model = load(architecture)
     asked = items("causal", 6, seed=1)
     shared = model.rows(asked)
     alone = replace(model)
@@ -74,16 +52,16 @@ def test_choices_share_the_prompts_pass_and_say_what_rows_of_their_own_say(loade
     assert len(shared) == 6 and len(apart) == 18
     assert sum(map(len, shared.ids)) < 0.7 * sum(map(len, apart.ids))
     lora = find_targets(model, r=3, alpha=5.0)
-    tuned = stacked.repeat(adapter(model, lora, 2), 1)
+    tuned = stacked.repeat(random_adapter(model, lora, 2, 0.1), 1)
     for adapters in ([tuned], []):
         one, other = (stacked.score(model, lora, adapters, [rows])[0] for rows in (shared, apart))
         np.testing.assert_allclose(one.logp, other.logp, rtol=0, atol=1e-10)
         np.testing.assert_array_equal(one.tokens, other.tokens)
 
 
-def test_a_branch_that_sees_another_is_noticed(loaded, monkeypatch):
+def test_a_branch_that_sees_another_is_noticed(load, monkeypatch):
     """Without the mask a choice would read the one before it: the planted bug moves the scores."""
-    model = loaded("llama")
+    model = load("llama")
     rows = model.rows(items("causal", 4, seed=2))
     right = stacked.score(model, find_targets(model), [], [rows])[0].logp
     original = stacked._branched
@@ -98,8 +76,8 @@ def test_a_branch_that_sees_another_is_noticed(loaded, monkeypatch):
     np.testing.assert_allclose(wrong[:, 0], right[:, 0], rtol=0, atol=1e-10)
 
 
-def test_a_model_that_cannot_share_prompts_gets_a_row_for_every_choice(loaded):
-    model = copy.copy(loaded("llama"))
+def test_a_model_that_cannot_share_prompts_gets_a_row_for_every_choice(load):
+    model = copy.copy(load("llama"))
     whole = copy.deepcopy(model.model)
     whole.config.sliding_window = 8
     windowed = replace(model, model=whole)
@@ -126,12 +104,12 @@ def test_a_model_that_cannot_share_prompts_gets_a_row_for_every_choice(loaded):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_layers_without_adapters_are_asked_once_and_nothing_changes(loaded, architecture):
-    model = loaded(architecture)
+def test_layers_without_adapters_are_asked_once_and_nothing_changes(load, architecture):
+    model = load(architecture)
     lora = find_targets(model, r=3, alpha=5.0, layers=[1])
     data = [model.targets(items(model.task, n, seed=n)) for n in (3, 6, 5)]
     asked = [model.rows(items(model.task, n, seed=9 + n)) for n in (2, 4, 3)]
-    start = stacked.stack([adapter(model, lora, seed) for seed in range(3)])
+    start = stacked.stack([random_adapter(model, lora, seed, 0.1) for seed in range(3)])
     recipe = Recipe(lr=0.02, epochs=7, batch=2, clip=1.0)
     plain = fit(model, lora, start, data, recipe, order)
     scores = stacked.score(model, lora, [plain.params], asked, tokens=30)
@@ -154,8 +132,8 @@ def test_layers_without_adapters_are_asked_once_and_nothing_changes(loaded, arch
     assert "forward" not in vars(lowest)  # the layer is itself again
 
 
-def test_where_the_first_layer_has_an_adapter_or_memory_is_short_nothing_is_kept(loaded):
-    model = loaded("llama")
+def test_where_the_first_layer_has_an_adapter_or_memory_is_short_nothing_is_kept(load):
+    model = load("llama")
     rows = model.rows(items("causal", 3, seed=1))
     assert stacked.below(model, find_targets(model), rows) is rows
     upper = find_targets(model, layers=[1])
@@ -168,8 +146,8 @@ def test_where_the_first_layer_has_an_adapter_or_memory_is_short_nothing_is_kept
     assert some.hidden is not None and some.hidden[1] is kept.hidden[2] and some.branches.keys() == {0, 1}
 
 
-def test_a_pass_holds_no_more_tokens_than_said(loaded, monkeypatch):
-    model = loaded("llama")
+def test_a_pass_holds_no_more_tokens_than_said(load, monkeypatch):
+    model = load("llama")
     rows = [model.rows(items("causal", n, seed=n)) for n in (9, 2, 5)]
     seen = []
     original = stacked.batch
@@ -196,11 +174,11 @@ class Given(nn.Module):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
-def test_dropout_is_pefts_with_each_clients_own_coins(loaded, architecture, monkeypatch):
-    model = loaded(architecture)
+def test_dropout_is_pefts_with_each_clients_own_coins(load, architecture, monkeypatch):
+    model = load(architecture)
     lora = find_targets(model, r=3, alpha=5.0)
     data = [model.targets(items(model.task, n, seed=n)) for n in (6, 4)]
-    start = [adapter(model, lora, seed) for seed in range(2)]
+    start = [random_adapter(model, lora, seed, 0.1) for seed in range(2)]
     recipe = Recipe(lr=0.02, epochs=7, batch=2, clip=0.0, dropout=0.3)
 
     def coins(k: int) -> torch.Generator:
@@ -245,11 +223,11 @@ def test_dropout_is_pefts_with_each_clients_own_coins(loaded, architecture, monk
 # --- early stop ---------------------------------------------------------------------------------------------------
 
 
-def test_a_client_whose_loss_no_longer_falls_stops_and_the_others_go_on(loaded):
-    model = loaded("llama")
+def test_a_client_whose_loss_no_longer_falls_stops_and_the_others_go_on(load):
+    model = load("llama")
     lora = find_targets(model, r=3, alpha=5.0)
     data = [model.targets(items("causal", n, seed=n)) for n in (4, 3, 5)]
-    start = stacked.repeat(adapter(model, lora, 1), 3)
+    start = stacked.repeat(random_adapter(model, lora, 1, 0.1), 3)
     recipe = Recipe(lr=0.3, epochs=8, batch=2, clip=0.0)  # far too high a rate: losses go up and down
     by_epochs = [fit(model, lora, start, data, replace(recipe, epochs=e), order) for e in range(1, 9)]
     patient = fit(model, lora, start, data, replace(recipe, early_stop=2), order)

@@ -1,0 +1,32 @@
+"""The tiny models, each loaded once for a file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from made_up import F64
+
+from fedcanary.models import base
+from oracles.tiny import LABELS
+
+LOADED: dict[tuple[str, torch.dtype], base.BaseModel] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    LOADED.clear()
+
+
+@pytest.fixture
+def load(tiny):
+    def loaded(name: str, dtype: torch.dtype = F64) -> base.BaseModel:
+        if (name, dtype) not in LOADED:
+            how = {"task": "classify", "labels": LABELS} if name == "bert" else {}
+            LOADED[name, dtype] = base.load(str(tiny[name]), dtype=dtype, **how)
+        return LOADED[name, dtype]
+
+    return loaded
