@@ -22,7 +22,7 @@ def add(commands: Any, finish: Finish) -> None:
     """The command, its verbs and their options."""
     deploy = commands.add_parser("deploy", help="run a study over Flower: a SuperLink, and a node for each client")
     verbs = deploy.add_subparsers(
-        dest="verb", required=True, metavar="init|up|server|node|run|status|down|rekey|recertify"
+        dest="verb", required=True, metavar="init|up|server|node|run|status|down|rekey|recertify|keys"
     )
 
     init = verbs.add_parser("init", help="write a deployment's folders: keys, certificates, a study for each")
@@ -47,6 +47,12 @@ def add(commands: Any, finish: Finish) -> None:
         verb = verbs.add_parser(name, help=help_)
         verb.add_argument("dir", type=Path, metavar="DIR")
         verb.set_defaults(action=action)
+
+    keys = verbs.add_parser("keys", help="for an app that is attached: make a client's key in its node's own folder")
+    keys.add_argument("dir", type=Path, metavar="DIR", help="the folder that its node config calls fedcanary-folder")
+    keys.add_argument("--client", type=int, required=True, metavar="N", help="its fedcanary-client")
+    keys.add_argument("--replace", action="store_true", help="make it anew if there is one")
+    keys.set_defaults(action=_keys)
 
     run = verbs.add_parser("run", help="run the study on a deployment that is up, or go on with its run")
     run.add_argument("dir", type=Path, metavar="DIR")
@@ -157,6 +163,15 @@ def _rekey(arguments: argparse.Namespace) -> int:
 
     print(operate.rekey(arguments.dir), end="")
     print("put this in the place of the node's entry in registry.toml of the server and of every node", file=sys.stderr)
+    return EXIT_OK
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from fedcanary.engines.flower import enrol
+
+    print(enrol.one(arguments.dir, arguments.client, replace=arguments.replace), end="")
+    where = "one in every node's folder, one where attach.registry says"
+    print(f"all clients' entries together are registry.toml: {where}", file=sys.stderr)
     return EXIT_OK
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
+
+CLIENTS: Final = "clients"  # the folder of those that one process plays
 
 
 def place(folder: Path, client: int) -> Path:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedcanary import pipeline, study
 from fedcanary.engines import consent
-from fedcanary.engines.flower import certificates, live
+from fedcanary.engines.flower import certificates, enrol, live
 from fedcanary.engines.flower.clients import FlowerClients, Patience
 from fedcanary.engines.flower.exchange import Link
-from fedcanary.engines.places import place
+from fedcanary.engines.flower.programs import clients_of_nodes
 from fedcanary.engines.setup import cache, prepare
 from fedcanary.errors import EXIT_ALARM, EXIT_BUG, EXIT_OK, FedcanaryError
 from fedcanary.pipeline import Progress
@@ -49,7 +49,7 @@ def _run(link: Link, config: Mapping[str, Any], out: Path, told: _Live) -> int:
     setup = prepare(study.load(file), cache())
     consent.check(setup)
     if state := config.get("state"):
-        enrol(Path(str(state)), len(setup.population))
+        enrol.everybody(Path(str(state)), len(setup.population))
     registry = None
     if setup.study.privacy.trust == "secure_aggregation":
         members = certificates.load_registry(
@@ -59,7 +59,8 @@ def _run(link: Link, config: Mapping[str, Any], out: Path, told: _Live) -> int:
     given = {
         name: float(config[f"{name}_seconds"]) for name in ("train", "step", "nodes") if f"{name}_seconds" in config
     }
-    clients = FlowerClients(setup, out, link, registry, patience=Patience(**given), note=told.step)
+    nodes = None if state else clients_of_nodes(file.parent)
+    clients = FlowerClients(setup, out, link, registry, nodes=nodes, patience=Patience(**given), note=told.step)
     (out / "study.toml").write_text(setup.study.toml(), encoding="utf-8")
     alarmed = False
 
@@ -75,20 +76,6 @@ def _run(link: Link, config: Mapping[str, Any], out: Path, told: _Live) -> int:
     record = pipeline.run(setup, out, watch=watch, clients=clients)
     states = [state for body in record.of("round") for state in body["verdict"]["states"].values()]
     return EXIT_ALARM if alarmed or "alarm" in states else EXIT_OK
-
-
-def enrol(folder: Path, clients: int) -> None:
-    """In a simulation: an identity for each client, in its own folder, and the list of all beside the folder."""
-    registry = folder.parent / certificates.REGISTRY
-    if registry.exists():
-        return
-    members = {}
-    for client in range(clients):
-        own = place(folder, client)
-        own.mkdir(parents=True, exist_ok=True)
-        key = certificates.identity(own, replace=True)
-        members[client] = certificates.Member(name=str(client), key=key, flower=f"simulated {client}")
-    certificates.write_registry(registry, members)
 
 
 class _Live:

@@ -20,8 +20,8 @@ from flwr.serverapp.strategy import Result, Strategy
 from safetensors.torch import save
 
 from fedcanary import pipeline
-from fedcanary.engines import consent
-from fedcanary.engines.flower import attach, attach_node, attach_server, certificates
+from fedcanary.engines import consent, places
+from fedcanary.engines.flower import attach, attach_server, certificates, enrol
 from fedcanary.engines.flower.attach import AppSetup
 from fedcanary.engines.flower.attach_server import AppServer, Closed, Drawn, Turns
 from fedcanary.engines.flower.clients import Patience
@@ -29,13 +29,12 @@ from fedcanary.engines.flower.exchange import Link
 from fedcanary.engines.flower.wire import KEY, RECORD
 from fedcanary.errors import BadInput
 from fedcanary.flower.mod import BASE, RUN, STUDY
-from fedcanary.flower.serve import enrol
 from fedcanary.models import adapters
 from fedcanary.models.adapters import Adapter
 from fedcanary.pipeline import Progress
 from fedcanary.privacy.secagg import Registry
 
-RUNS, CLIENTS = "fedcanary-runs", "fedcanary-clients"
+RUNS, FOLDER = "fedcanary-runs", "fedcanary-clients"
 PATIENCE: Final = Patience(step=120.0, nodes=60.0)
 ENDED: Final = "ended"
 LOG: Final = logging.getLogger("flwr")
@@ -224,10 +223,8 @@ class CanaryStrategy(Strategy):
             return None
         own = self._attached.attach.registry
         if own is None:
-            folder = Path(CLIENTS).absolute()
-            folder.mkdir(parents=True, exist_ok=True)
-            enrol(folder / attach_node.CLIENTS, len(setup.population))
-        file = self._study.parent / own if own else Path(CLIENTS).absolute() / certificates.REGISTRY
+            enrol.everybody(Path(FOLDER).absolute() / places.CLIENTS, len(setup.population))
+        file = self._study.parent / own if own else Path(FOLDER).absolute() / certificates.REGISTRY
         return Registry(keys={client: member.key for client, member in certificates.load_registry(file).items()})
 
     def _tell(self, progress: Progress) -> None:

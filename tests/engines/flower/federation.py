@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from fedcanary import pipeline
 from fedcanary.engines.consent import Consent
+from fedcanary.engines.flower import enrol
 from fedcanary.engines.flower.certificates import IDENTITY, REGISTRY, load_registry
 from fedcanary.engines.flower.clients import FlowerClients, Patience
 from fedcanary.engines.flower.exchange import Link
@@ -21,7 +22,6 @@ from fedcanary.engines.flower.node import Host, Node
 from fedcanary.engines.flower.wire import data_of, decode_asks, encode, record
 from fedcanary.engines.places import place
 from fedcanary.engines.setup import Setup
-from fedcanary.flower.serve import enrol
 from fedcanary.privacy.secagg import Registry
 from fedcanary.record import RunRecord
 from fedcanary.types import Array, Item, Role
@@ -61,7 +61,7 @@ class Federation:
     def __init__(self, setup: Setup, out: Path, **grid: Any) -> None:
         self.setup, self.out = setup, out
         self.host = MadeUpHost(setup, out)
-        enrol(out / "clients", len(setup.population))
+        enrol.everybody(out / "clients", len(setup.population))
         self.app = ClientApp()
         self.app.train()(self._answer)
         self.app.query("fedcanary")(self._answer)

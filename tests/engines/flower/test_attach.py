@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian, Strategy
 
 from fedcanary import pipeline
 from fedcanary.engines import verify
-from fedcanary.engines.flower import attach
+from fedcanary.engines.flower import attach, certificates, enrol
 from fedcanary.engines.flower.attach_node import AppClients
 from fedcanary.engines.flower.clients import Patience
 from fedcanary.engines.flower.grid import Fault
@@ -345,6 +347,22 @@ def test_a_server_that_calls_itself_another_run_gets_no_second_look(federation, 
     assert counts == ([0, 0] if noise == "system" else [CLIENTS] * 2)
     if noise == "system":
         assert [body["refused"] for body in record_of(one).of("round")] == [{"already_answered": CLIENTS}] * 2
+
+
+def test_a_node_goes_by_its_own_list_of_keys_and_not_by_the_servers(federation):
+    """The attack: the list that comes with the app has a key of the server's own in a client's place."""
+    one = federation("secure_aggregation", study=(("[attach]\n", '[attach]\nregistry = "registry.toml"\n'),))
+    own = one.folder / "fedcanary-clients"
+    enrol.everybody(own / "clients", CLIENTS)
+    members = certificates.load_registry(own / "registry.toml")
+    forged = members | {3: replace(members[3], key=bytes(32))}
+    certificates.write_registry(one.folder / "app" / "registry.toml", forged)
+    one.run()
+    assert not any(record_of(one).releases().values())
+    shutil.rmtree(one.folder / "fedcanary-runs")
+    (own / "registry.toml").unlink()  # who has no list of its own believes the server's
+    one.run()
+    assert [release["utility"].count for release in record_of(one).releases().values()] == [CLIENTS - 1] * 2
 
 
 def test_a_client_answers_only_about_what_it_was_sent(federation, monkeypatch):

@@ -30,7 +30,7 @@ from flwr.app import Message, RecordDict
 
 from fedcanary import cli
 from fedcanary.engines import consent, setup
-from fedcanary.engines.flower import application, deploy, doors, live, operate, programs, simulate
+from fedcanary.engines.flower import application, certificates, deploy, doors, live, operate, programs, simulate
 from fedcanary.engines.flower.processes import free_port, living
 from fedcanary.errors import EXIT_ALARM, EXIT_BAD_INPUT, BadInput
 
@@ -148,6 +148,19 @@ def test_a_node_makes_its_own_keys_and_is_refused_until_the_others_have_them(mad
     assert cli.main(["deploy", "recertify", str(made)]) == 0
     assert (made / "server" / "server.crt").read_bytes() != first
     deploy.load_server(made / "server")
+
+
+def test_a_client_of_an_attached_app_has_its_key_in_its_nodes_folder_and_is_told_what_to_list(tmp_path, capsys):
+    words = ["deploy", "keys", str(tmp_path / "own"), "--client", "3"]
+    assert cli.main(words) == 0
+    (tmp_path / "registry.toml").write_text(capsys.readouterr().out)
+    (listed,) = certificates.load_registry(tmp_path / "registry.toml").items()
+    key = certificates.load_identity(tmp_path / "own" / "clients" / "000003" / "identity.pem")
+    assert (listed[0], listed[1].key) == (3, key.public_key().public_bytes_raw())
+    assert "exists" in refused(capsys, *words[1:])
+    assert "-1 is no client's number" in refused(capsys, *words[1:-1], "-1")
+    assert cli.main([*words, "--replace"]) == 0
+    assert listed[1].key.hex() not in capsys.readouterr().out
 
 
 # What Flower leaves open.

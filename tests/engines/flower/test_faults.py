@@ -257,6 +257,18 @@ def test_two_nodes_that_claim_one_client(room, id, others):
     assert far.clients.refused["client_twice"] >= 3
 
 
+@pytest.mark.parametrize("keys", [True, False])
+def test_a_node_speaks_for_the_client_whose_key_it_showed(room, keys):
+    """The attack: client 0's node says that it is client 3, where no key of the clients' own would tell."""
+    far = Rough(study(privacy={"trust": "local"}), room)
+    far.odd[0] = Node(far.host, 3, place(room / "clients", 0) / IDENTITY)
+    far.run(nodes={FIRST + client: client for client in range(6)} if keys else None)
+    assert counts(intact(room)) == [5, 5, 5]
+    assert far.clients.refused["client_twice" if not keys else "other_client"] >= 3
+    honest = [client for client, kind, _ in far.asked if kind == TRAIN]
+    assert (3 in honest) is keys  # else the client itself is out, and another speaks in its name
+
+
 def test_a_node_with_a_wrong_identity_is_left_out(room):
     far = Rough(study(), room)
     shutil.copy(place(room / "clients", 0) / IDENTITY, place(room / "clients", 3) / IDENTITY)

@@ -8,7 +8,8 @@ to the client's own ledger, and journalled before it leaves, by the same `Node` 
     folder/clients/<client>/policy.toml     what it allows, whatever a contract says; agrees to the study without one
     folder/runs/<run>/base.safetensors      theta_0, as it first came: another one in the same run is refused
     folder/runs/<run>/clients/<client>/     its journal of the run
-    folder/clients/<client>/identity.pem, folder/registry.toml   for secure aggregation
+    folder/clients/<client>/identity.pem    its key, for secure aggregation (`fedcanary deploy keys`)
+    folder/registry.toml                    everybody's public halves; without it, what `attach.registry` names
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from fedcanary.engines.flower.journal import Journal
 from fedcanary.engines.flower.node import Host, Node, Wrong
 from fedcanary.engines.flower.reading import Own, call, own_of, undisturbed
 from fedcanary.engines.flower.wire import Ask
-from fedcanary.engines.places import place
+from fedcanary.engines.places import CLIENTS, place
+from fedcanary.errors import BadInput
 from fedcanary.models import adapters
 from fedcanary.models.adapters import Adapter
 from fedcanary.privacy import contract as contracts
@@ -48,7 +50,7 @@ SEALED_HERE: Final = "sealed"  # what a client says instead of a vector that wai
 NO_ARRAYS, OTHER_ARRAYS, NO_BASE, OTHER_BASE = "no_arrays", "other_arrays", "no_base", "other_base"
 WORDS: Final = frozenset({NO_ARRAYS, OTHER_ARRAYS, NO_BASE, OTHER_BASE})
 RUN: Final = re.compile(r"[0-9a-f]{16}")
-BASE, POLICY, CLIENTS = "base.safetensors", "policy.toml", "clients"
+BASE, POLICY = "base.safetensors", "policy.toml"
 
 
 def own(folder: Path, client: int) -> Path:
@@ -179,9 +181,13 @@ class AppHost(Host):
 
     @cached_property
     def registry(self) -> secagg.Registry:
-        """This side's own copy of the list of everybody's keys."""
-        named = self._app.attached.attach.registry
-        members = load_registry(self._app.study.parent / named if named else self._app.folder / REGISTRY)
+        """Everybody's keys: by this node's own list, or where it has none by the one that came with the app."""
+        named, file = self._app.attached.attach.registry, self._app.folder / REGISTRY
+        if not file.exists():
+            if named is None:
+                raise BadInput.of(str(file), "is not there", "it is what fedcanary deploy keys printed for all clients")
+            file = self._app.study.parent / named
+        members = load_registry(file)
         return secagg.Registry(keys={client: member.key for client, member in members.items()})
 
 

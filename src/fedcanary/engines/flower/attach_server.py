@@ -169,7 +169,7 @@ class AppServer(FlowerClients):
             self._kept.put(Entry(NODE, str(node), ALWAYS, str(known[node]).encode()))
         return {client: node for node, client in known.items() if node in nodes}
 
-    def _known(self, answer: Answer) -> int | None:
+    def _known(self, node: int, answer: Answer) -> int | None:
         client = answer.fields.get("client")
         if isinstance(client, int) and self._registry is not None and client in self._registry.keys:
             return client

@@ -88,8 +88,10 @@ class Unreachable(BadInput):
 class FlowerClients(Clients):
     """A run's clients, over a `Link`.
 
-    `registry` is the list of the clients' keys, for secure aggregation. `note` is told what is under way: the step, how
-    many have answered, of how many, and the round. `refused` counts answers by the word of their refusal.
+    `registry` is the list of the clients' keys, for secure aggregation; `nodes` the client of each node by the key that
+    it showed to Flower, where nodes have one: then they can speak for no other client. `note` is told what is under
+    way: the step, how many have answered, of how many, and the round. `refused` counts answers by the word of their
+    refusal.
     """
 
     words: ClassVar[frozenset[str]] = WORDS  # of refusal, as nodes of this kind say them
@@ -101,6 +103,7 @@ class FlowerClients(Clients):
         link: Link,
         registry: secagg.Registry | None,
         *,
+        nodes: Mapping[int, int] | None = None,
         patience: Patience = Patience(),
         note: Callable[[str, int, int, int], None] = lambda step, done, clients, round: None,
     ) -> None:
@@ -111,6 +114,7 @@ class FlowerClients(Clients):
                 "leave it out, choose another trust, or run in one process",
             )
         self._setup, self._link, self._registry, self._patience, self._note = setup, link, registry, patience, note
+        self._keys = nodes
         self.consent = Consent(setup, lambda client: out / "clients")
         self.refused: Counter[str] = Counter()
         # not where a run goes on without its journal: clients mask what they measured once, and in no other sum
@@ -370,7 +374,7 @@ class FlowerClients(Clients):
             patience = self._patience.step if len(known) < least else min(self._patience.step, SETTLED)
             for node, (answer,) in self._link.exchange({node: [ask] for node in new}, QUERY, patience, HELLO):
                 self._silent.discard(node)
-                self._client_of[node] = self._known(answer)
+                self._client_of[node] = self._known(node, answer)
         found: dict[int, int] = {}
         for node in online:
             client = self._client_of.get(node)
@@ -378,12 +382,13 @@ class FlowerClients(Clients):
                 self.refused["client_twice"] += 1
         return found
 
-    def _known(self, answer: Answer) -> int | None:
-        """The client that a node says it is, if it is one of this study, contract and base model."""
+    def _known(self, node: int, answer: Answer) -> int | None:
+        """The client that a node says it is, if its key is that client's, and its contract and base model are ours."""
         contract, client = self.consent.contract, answer.fields.get("client")
         ours = isinstance(client, int) and 0 <= client < len(self._setup.population)
         for word, same in (
             (self._word(answer.refused) if answer.refused else "unknown_client", ours),
+            ("other_client", self._keys is None or self._keys.get(node) == client),
             ("other_model", answer.fields.get("model") == contract.model),
             (Reason.OTHER_CONTRACT.value, answer.fields.get("contract") == contract.digest),
         ):

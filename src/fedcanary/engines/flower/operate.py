@@ -170,7 +170,7 @@ def status(folder: Path) -> dict[str, Any]:
         with contextlib.suppress(FedcanaryError, subprocess.TimeoutExpired):
             listed = flwr(server, "supernode", "list", "deployment").get("nodes", [])
             states = {str(row.get("node-id")): str(row.get("status")) for row in listed}
-            online = {key: states.get(id, "unknown") for key, id in registered(server).items()}
+            online = {key: states.get(id, "unknown") for key, id in registered(server.home).items()}
     keys = {c: m.flower for c, m in certificates.load_registry(server.folder / certificates.REGISTRY).items()}
     return {
         "id": server.id,

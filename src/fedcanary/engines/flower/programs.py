@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import tomli_w
@@ -94,18 +95,24 @@ def _is_free(port: int) -> bool:
     return False
 
 
-def registered(server: Server) -> dict[str, str]:
-    """Flower's node ids by public key, of the keys that this database was told."""
+def registered(home: Path) -> dict[str, str]:
+    """Flower's node ids by public key, of the keys that the SuperLink with this home was told."""
     try:
-        table = json.loads((server.home / "registered.json").read_text("utf-8"))
+        table = json.loads((home / "registered.json").read_text("utf-8"))
         return {str(key): str(id) for key, id in table.items()}
     except (OSError, ValueError):
         return {}
 
 
+def clients_of_nodes(folder: Path) -> dict[int, int]:
+    """The client whose key each of Flower's nodes has shown, of those in a server's folder."""
+    ids, members = registered(folder / HOME), certificates.load_registry(folder / certificates.REGISTRY)
+    return {int(ids[member.flower]): client for client, member in members.items() if member.flower in ids}
+
+
 def register(server: Server, screen: Screen) -> None:
     """Make the SuperLink accept the keys of the registry and no others; one that was taken out is struck out."""
-    known = registered(server)
+    known = registered(server.home)
     members = {m.flower: m for m in certificates.load_registry(server.folder / certificates.REGISTRY).values()}
     gone, new = [key for key in known if key not in members], [key for key in members if key not in known]
     lines = [["supernode", "unregister", known[key], "deployment"] for key in gone]
