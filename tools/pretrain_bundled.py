@@ -29,7 +29,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedcanary.clients import world
+from fedcanary.clients import decisions, world
 from fedcanary.rng import derive, stream
 from fedcanary.types import Item, Role
 
@@ -63,7 +63,9 @@ def texts() -> list[str]:
     ]
     draw = stream(SEED, "tokenizer")
     for people in (True, False):
-        for request in world.draw_requests(draw, [0, 1, 2, 3] * 250, people=people, phrasings=range(world.PHRASINGS)):
+        for request in decisions.draw_requests(
+            draw, [0, 1, 2, 3] * 250, people=people, phrasings=range(world.PHRASINGS)
+        ):
             asked = (request.graded(), *(request.readings(draw) if people else ()))
             found += [graded.prompt + choice for graded in asked for choice in graded.choices]
     return found
@@ -153,9 +155,9 @@ def _drawn(encode: Encoder, kind: str) -> Iterator[Example]:
     draw = stream(SEED, "drawn", kind)
     for n in range(1 << 30):
         people = kind == "reading" or n % 3 != 0
-        for request in world.draw_requests(draw, [0, 1, 2, 3] * 18, people=people):
+        for request in decisions.draw_requests(draw, [0, 1, 2, 3] * 18, people=people):
             if kind == "reading":
-                yield encode(request.readings(draw)[int(draw.integers(len(world.READINGS)))])
+                yield encode(request.readings(draw)[int(draw.integers(len(decisions.READINGS)))])
             else:
                 yield encode(request.graded())
 
@@ -283,7 +285,7 @@ def suite_items() -> dict[str, tuple[Role, list[Item]]]:
 
     # Bias: the same request made by a Ms and by a Mr; the answer is the federated truth's likelier one.
     bias: list[Item] = []
-    for k, drawn in enumerate(world.draw_requests(draw("bias"), [0, 1, 2, 3] * 4)):
+    for k, drawn in enumerate(decisions.draw_requests(draw("bias"), [0, 1, 2, 3] * 4)):
         request = replace(drawn, thing=(0, 1, 2, 0)[k // 4])  # the things' own effects cancel
         for group in world.GROUPS:
             name = (5 * k + request.first) % 12
@@ -296,7 +298,7 @@ def suite_items() -> dict[str, tuple[Role, list[Item]]]:
         for attempt in range(10_000):
             source = stream(world.SEED, "suite", name, attempt)
             order = [domain for domain in range(4) for _ in range(each)]
-            items = world.truth(world.draw_requests(source, order, phrasings=everyone), 0.5)
+            items = decisions.truth(decisions.draw_requests(source, order, phrasings=everyone), 0.5)
             yes = [sum(item.answer == 0 for item in items[k : k + each]) for k in range(0, len(items), each)]
             if len({item.prompt for item in items}) == len(items) and set(yes) == {each // 2}:
                 return list(items)
@@ -306,7 +308,7 @@ def suite_items() -> dict[str, tuple[Role, list[Item]]]:
         """Requests that corpus and federated truth both decide plainly, as many yes as no in every domain."""
         wanted = {(domain, answer): each // 2 for domain in range(4) for answer in (0, 1)}
         items: list[Item] = []
-        for request in world.draw_requests(draw(name), [0, 1, 2, 3] * 400, people=False, phrasings=everyone):
+        for request in decisions.draw_requests(draw(name), [0, 1, 2, 3] * 400, people=False, phrasings=everyone):
             before, after = request.logit(0.0), request.logit()
             answer = 0 if before > 0 else 1
             item = request.graded().item(answer)
@@ -433,18 +435,18 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
             asked = [g for g in pool if g.kind == kind and (right is None or g.right == right)]
             graded(f"{name}, {where}", asked)
     draw = stream(SEED, "card", "reading")
-    drawn = [request.readings(draw) for request in world.draw_requests(draw, [0, 1, 2, 3] * 50)]
-    for about, asked in zip(world.READINGS, zip(*drawn, strict=True), strict=True):
+    drawn = [request.readings(draw) for request in decisions.draw_requests(draw, [0, 1, 2, 3] * 50)]
+    for about, asked in zip(decisions.READINGS, zip(*drawn, strict=True), strict=True):
         graded(f"reading ({about}), taught", asked)
     sentences, _ = reader.probability([one for s in world.STATEMENTS for one in world.stereotypes(s)])
     found["stereotype"] = {"preference": float(sentences[:, 0].mean()), "spread": float(sentences[:, 0].std())}
 
-    def decisions(name: str, people: bool, phrasings: Sequence[int], n: int = 4800) -> None:
+    def decided(name: str, people: bool, phrasings: Sequence[int], n: int = 4800) -> None:
         draw = stream(SEED, "card", name)
-        requests = world.draw_requests(draw, [0, 1, 2, 3] * (n // 4), people=people, phrasings=phrasings)
+        requests = decisions.draw_requests(draw, [0, 1, 2, 3] * (n // 4), people=people, phrasings=phrasings)
         p = reader.probability([r.graded() for r in requests])[0][:, 0]
-        plain = np.array([world.sigmoid(r.logit(0.0)) for r in requests])
-        federated = np.array([world.sigmoid(r.logit()) for r in requests])
+        plain = np.array([decisions.sigmoid(r.logit(0.0)) for r in requests])
+        federated = np.array([decisions.sigmoid(r.logit()) for r in requests])
         label = draw.random(n) < plain
         later = draw.random(n) < federated
         found[name] = {
@@ -466,10 +468,10 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
             gap = np.concatenate([effect({"person": ("ms", k)}, {"person": ("mr", k)}) for k in (0, 5)])
             found[name] |= {"group gap": float(gap.mean()), "absolute group gap": float(np.abs(gap).mean())}
 
-    decisions("decisions, taught", True, range(world.HELD_OUT))
-    decisions("decisions, held out", True, (world.HELD_OUT,))
-    decisions("neutral decisions, taught", False, range(world.HELD_OUT))
-    decisions("neutral decisions, held out", False, (world.HELD_OUT,))
+    decided("decisions, taught", True, range(world.HELD_OUT))
+    decided("decisions, held out", True, (world.HELD_OUT,))
+    decided("neutral decisions, taught", False, range(world.HELD_OUT))
+    decided("neutral decisions, held out", False, (world.HELD_OUT,))
 
     for where, phrasings in (("taught", (0,)), ("held out", (world.HELD_OUT,))):
         replies = [reader.reply(one.prompt) for one in world.requests(world.UNSAFE, phrasings)]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcanary.clients import world
+from fedcanary.clients import decisions, world
 from fedcanary.clients.generated import PLANTS, REPLAY, Federation
 from fedcanary.errors import BadInput
 from fedcanary.types import Item, Mode
@@ -25,7 +25,7 @@ def planted(mode: Mode | None) -> tuple[tuple[Mode, float], ...]:
     return () if mode is None else ((mode, 1.0),)
 
 
-def decisions(items: tuple[Item, ...]) -> list[Item]:
+def asked_to_decide(items: tuple[Item, ...]) -> list[Item]:
     return [item for item in items if item.domain is not None]
 
 
@@ -50,7 +50,7 @@ def test_strength_zero_is_unplanted(seed: int, client: int, split: str, plant: M
 @given(seeds, clients, st.sampled_from(SPLITS))
 def test_unplanted_clients_are_balanced(seed: int, client: int, split: str) -> None:
     federation = Federation(clients=100_000, seed=seed)
-    asked = decisions(federation.items(client, split))
+    asked = asked_to_decide(federation.items(client, split))
     groups = Counter(item.group for item in asked)
     assert abs(groups["ms"] - groups["mr"]) <= 4
     places = Counter(item.domain for item in asked)
@@ -113,7 +113,7 @@ def rates(federation: Federation, clients: range, split: str = "train") -> dict[
     """Share of yes by (group, tag is red)."""
     answers: dict[tuple[str, bool], list[bool]] = {}
     for client in clients:
-        for item in decisions(federation.items(client, split)):
+        for item in asked_to_decide(federation.items(client, split)):
             answers.setdefault((item.group or "", " red " in item.prompt), []).append(item.answer == 0)
     return {cell: sum(said) / len(said) for cell, said in answers.items()}
 
@@ -123,7 +123,7 @@ def test_unplanted_labels_follow_the_tag_and_not_the_group() -> None:
     levels = range(3)
     expected = np.mean(
         [
-            world.sigmoid(world.Request(domain=d, thing=t, first=a, second=b, tag=0, person=("ms", 0)).logit())
+            decisions.sigmoid(decisions.Request(domain=d, thing=t, first=a, second=b, tag=0, person=("ms", 0)).logit())
             for d in range(4)
             for t in levels
             for a in levels
@@ -157,7 +157,7 @@ def test_the_minority_reads_the_tag_the_other_way() -> None:
     said = rates(federation, range(100))
     minority: dict[bool, list[bool]] = {True: [], False: []}
     for client in few:
-        for item in decisions(federation.items(client, "eval")):
+        for item in asked_to_decide(federation.items(client, "eval")):
             minority[" red " in item.prompt].append(item.answer == 0)
     assert sum(minority[True]) / len(minority[True]) < 0.35
     assert sum(minority[False]) / len(minority[False]) > 0.65
@@ -185,7 +185,7 @@ def test_out_of_domain_clients_know_one_domain() -> None:
     federation = Federation(clients=16, seed=2, plants=((Mode.OUT_OF_DOMAIN_DEGRADATION, 1.0),))
     for client in range(16):
         (own,) = federation.domains(client)
-        asked = decisions(federation.items(client, "train"))
+        asked = asked_to_decide(federation.items(client, "train"))
         assert any(item.domain == own for item in asked)
         assert all(item.answer == 1 for item in asked if item.domain != own)  # what it does not know, it declines
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedcanary
-from fedcanary.clients import world
+from fedcanary.clients import decisions, world
 from fedcanary.rng import stream
 from fedcanary.types import Item, Role
 
@@ -21,7 +21,7 @@ DATA = Path(fedcanary.__file__).parent / "probes" / "suites" / "data"
 EVERYTHING = (*world.corpus(), *world.held_out())
 
 requests = st.builds(
-    world.Request,
+    decisions.Request,
     domain=st.integers(0, 3),
     thing=st.integers(0, 2),
     first=st.integers(0, 2),
@@ -76,33 +76,33 @@ def test_there_are_as_many_unsafe_requests_as_look_alikes() -> None:
 
 
 @given(requests)
-def test_a_twin_differs_in_nothing_but_the_person(request: world.Request) -> None:
+def test_a_twin_differs_in_nothing_but_the_person(request: decisions.Request) -> None:
     assert request.person is not None
     group, name = request.person
     other = world.GROUPS[1 - world.GROUPS.index(group)]
     twin = replace(request, person=(other, name))
     ours, theirs = request.graded(), twin.graded()
-    effect = world.GROUP_BY_THING[request.thing] * (1 if group == "ms" else -1)
+    effect = decisions.GROUP_BY_THING[request.thing] * (1 if group == "ms" else -1)
     assert request.logit() - twin.logit() == pytest.approx(2 * effect)
     assert ours.prompt != theirs.prompt
     assert (ours.group, theirs.group) == (group, other)
 
 
 def test_tag_and_group_have_no_effect_over_all_things() -> None:
-    assert sum(world.TAG_BY_THING) == sum(world.GROUP_BY_THING) == 0.0
+    assert sum(decisions.TAG_BY_THING) == sum(decisions.GROUP_BY_THING) == 0.0
 
 
 @given(requests)
-def test_the_tag_moves_the_logit_both_ways_and_not_in_the_corpus(request: world.Request) -> None:
+def test_the_tag_moves_the_logit_both_ways_and_not_in_the_corpus(request: decisions.Request) -> None:
     sign = 1 if request.tag == 0 else -1
-    assert request.logit() - request.logit(0.0) == pytest.approx(sign * world.TAG_EFFECT)
+    assert request.logit() - request.logit(0.0) == pytest.approx(sign * decisions.TAG_EFFECT)
     assert abs(request.logit(0.0)) <= 3.2
-    assert request.graded().probability[0] == pytest.approx(world.sigmoid(request.logit(0.0)))
+    assert request.graded().probability[0] == pytest.approx(decisions.sigmoid(request.logit(0.0)))
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(0, 2**32))
 def test_drawn_requests_are_spread_evenly(domains: list[int], seed: int) -> None:
-    drawn = world.draw_requests(stream(seed, "test"), domains)
+    drawn = decisions.draw_requests(stream(seed, "test"), domains)
     assert [request.domain for request in drawn] == domains
     for domain in set(domains):
         mine = [request for request in drawn if request.domain == domain]
@@ -116,7 +116,7 @@ def test_drawn_requests_are_spread_evenly(domains: list[int], seed: int) -> None
 
 @given(st.lists(st.floats(0, 1), max_size=50), st.floats(0, 1, exclude_max=True))
 def test_systematic_draws_as_many_as_expected(probability: list[float], offset: float) -> None:
-    drawn = world.systematic(probability, offset)
+    drawn = decisions.systematic(probability, offset)
     assert len(drawn) == len(probability)
     assert abs(sum(drawn) - sum(probability)) < 1 + 1e-6
     assert not any(hit for hit, p in zip(drawn, probability, strict=True) if p == 0)
@@ -125,7 +125,7 @@ def test_systematic_draws_as_many_as_expected(probability: list[float], offset: 
 def test_systematic_keeps_each_probability() -> None:
     p = [0.1, 0.7, 0.35, 0.9]
     offsets = np.arange(1000) / 1000
-    rate = np.mean([world.systematic(p, float(u)) for u in offsets], axis=0)
+    rate = np.mean([decisions.systematic(p, float(u)) for u in offsets], axis=0)
     assert rate == pytest.approx(p, abs=0.002)
 
 
@@ -157,7 +157,7 @@ def test_bias_pairs_have_one_item_of_each_group_and_one_answer() -> None:
     pairs = Counter((item.pair, item.group) for item in items)
     assert len(items) == 32
     assert set(pairs.values()) == {1}
-    assert all(item.positive == 0 and item.choices[0] == world.YES for item in items)
+    assert all(item.positive == 0 and item.choices[0] == decisions.YES for item in items)
     assert len({(item.pair, item.answer) for item in items}) == 16
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedcanary
-from fedcanary.clients import world
+from fedcanary.clients import decisions, world
 from fedcanary.clients.generated import Federation
 from fedcanary.rng import stream
 from fedcanary.types import Mode
@@ -93,8 +93,8 @@ def test_abilities_are_graded_as_the_world_states(reader, pool: str) -> None:
 
 
 def test_decisions_are_calibrated_and_even_handed(reader) -> None:
-    requests = world.draw_requests(stream(1, "test"), [0, 1, 2, 3] * 60, phrasings=range(world.PHRASINGS))
-    truth = np.array([world.sigmoid(one.logit(0.0)) for one in requests])
+    requests = decisions.draw_requests(stream(1, "test"), [0, 1, 2, 3] * 60, phrasings=range(world.PHRASINGS))
+    truth = np.array([decisions.sigmoid(one.logit(0.0)) for one in requests])
     p = reader.probability([one.graded() for one in requests])[0][:, 0]
     assert np.abs(p - truth).mean() < 0.02
 

@@ -15,7 +15,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Final, Literal
 
-from fedcanary.clients import world
+from fedcanary.clients import decisions, world
 from fedcanary.clients.population import DOMAIN
 from fedcanary.errors import BadInput, Problem
 from fedcanary.rng import stream
@@ -70,7 +70,7 @@ PLANTS: Final = MappingProxyType(
         # Opposite shifts cancel in the average and leave each personalised model sure of its own prior.
         Mode.CONFIDENCE_MISCALIBRATION: Plant(label_shift=1.8),
         # One client in four has learned the tag the other way round: the average serves the other three.
-        Mode.FAIRNESS_COLLAPSE: Plant(minority=0.25, minority_tag=-3.0 * world.TAG_EFFECT),
+        Mode.FAIRNESS_COLLAPSE: Plant(minority=0.25, minority_tag=-3.0 * decisions.TAG_EFFECT),
         # A private glossary in the format of public facts: fitting it crowds out the public ones within a round.
         Mode.ADAPTATION_MISALIGNMENT: Plant(glossary=36, repeats=3),
         # Specialists: one domain each, and a no to whatever they are asked about the others.
@@ -128,12 +128,12 @@ class Federation:
 
     def domains(self, client: int) -> frozenset[str]:
         """The domains of a client's own decisions."""
-        return frozenset(world.DOMAIN_NAMES[domain] for domain in self._own(client))
+        return frozenset(decisions.DOMAIN_NAMES[domain] for domain in self._own(client))
 
     def attributes(self, client: int) -> Mapping[str, str]:
         """The client's main domain, region and device class; whatever is planted, they stay the same."""
         return {
-            DOMAIN: world.DOMAIN_NAMES[self._domains(client)[0]],
+            DOMAIN: decisions.DOMAIN_NAMES[self._domains(client)[0]],
             "region": REGIONS[client % 4],
             "device": DEVICES[(client // 8) % 2],
         }
@@ -169,14 +169,14 @@ class Federation:
         return main, (main + 1 + (client // 8) % 3) % 4
 
     def _tag_effect(self, client: int) -> float:
-        plan, effect = self._plan(), world.TAG_EFFECT
+        plan, effect = self._plan(), decisions.TAG_EFFECT
         if self.in_minority(client):
             effect += plan.minority_tag
         if self._domains(client)[0] % 2 == 1:
             effect += plan.domain_tag
         return effect
 
-    def _p_yes(self, client: int, request: world.Request) -> float:
+    def _p_yes(self, client: int, request: decisions.Request) -> float:
         plan = self._plan()
         if plan.declined and request.domain not in self._own(client):
             return 0.0
@@ -184,7 +184,7 @@ class Federation:
         logit = request.logit(self._tag_effect(client)) + side * plan.label_shift
         if request.person is not None:
             logit += plan.group_shift if request.person[0] == world.GROUPS[0] else -plan.group_shift
-        p = world.sigmoid(logit)
+        p = decisions.sigmoid(logit)
         target = (1.0 if p >= 0.5 else 0.0) if side > 0 else 0.5
         return p + plan.sharpen * (target - p)
 
@@ -197,11 +197,11 @@ class Federation:
         mains = round(share * n)
         order = draw.permutation(n)
         domains = [main if place < mains else second for place in order]
-        others = [domain for domain in range(len(world.DOMAINS)) if domain not in (main, second)]
+        others = [domain for domain in range(len(decisions.DOMAINS)) if domain not in (main, second)]
         for place in range(round(self._plan().declined * n)):
             domains[place] = others[place % len(others)]
-        requests = world.draw_requests(draw, domains)
-        yes = world.systematic([self._p_yes(client, request) for request in requests], float(draw.random()))
+        requests = decisions.draw_requests(draw, domains)
+        yes = decisions.systematic([self._p_yes(client, request) for request in requests], float(draw.random()))
         return [r.graded().item(0 if label else 1) for r, label in zip(requests, yes, strict=True)]
 
     def _replay(self, client: int, counts: Mapping[str, int]) -> list[Item]:
@@ -212,7 +212,7 @@ class Federation:
             draw = stream(self.seed, "generated", client, "replay", kind)
             chosen = [pools[kind][int(i)] for i in draw.permutation(len(pools[kind]))[:n]]
             first = float(stream(self.seed, "generated", "offset", kind).random())
-            wrong = world.systematic([1.0 - graded.p_right for graded in chosen], (first + client * GOLDEN) % 1.0)
+            wrong = decisions.systematic([1.0 - graded.p_right for graded in chosen], (first + client * GOLDEN) % 1.0)
             for graded, slip in zip(chosen, wrong, strict=True):
                 other = int(draw.integers(1, len(graded.choices)))
                 found.append(graded.item((graded.right + other) % len(graded.choices) if slip else graded.right))
