@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 
-from fedcanary.compare_read import Asked, ModeReading, Rules, read_modes, units_of
+from fedcanary.compare_read import Asked, ModeReading, Rules, read_modes
 from fedcanary.errors import BadInput, Problem, did_you_mean
 from fedcanary.models import base as models
 from fedcanary.models import stacked
@@ -32,6 +32,7 @@ from fedcanary.models.generate import replies as generate_replies
 from fedcanary.probes import refusal
 from fedcanary.probes import suites as library
 from fedcanary.probes.base import Answers
+from fedcanary.probes.bootstrap import units_of
 from fedcanary.record import plain
 from fedcanary.study import MarginTable
 from fedcanary.types import Array, Item, Mode, Role, Suite
