@@ -50,8 +50,8 @@ demo-flower: $(VENV)/.flower ## the demonstration over a SuperLink and six Super
 	trap '$(BIN)/fedcanary deploy down $(FLOWER)' EXIT; \
 	$(BIN)/fedcanary deploy run $(FLOWER); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 3 ]
 
-test: $(VENV)/.test ## the default test suite (under 5 minutes)
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.test ## the default test suite (under 5 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-all: $(VENV)/.test ## every test, the slow, statistical, browser and service ones too
 	$(BIN)/python -m pytest -q -m 'slow or not slow' --timeout 1800

@@ -13,11 +13,9 @@ LOADED: dict[tuple[str, torch.dtype], base.BaseModel] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def a_file(one_thread):
+    """Everything on one thread, and nothing loaded is left."""
     yield
-    torch.set_num_threads(before)
     LOADED.clear()
 
 
