@@ -46,7 +46,7 @@ demo: $(VENV)/.installed ## run the bundled demonstration and say where its repo
 demo-flower: $(VENV)/.flower ## the demonstration over a SuperLink and six SuperNodes on this machine
 	@rm -rf $(FLOWER)
 	@$(BIN)/fedcanary deploy init $(FLOWER) --nodes 6 --set rounds=3 --set privacy.panel=same --set privacy.min_cohort=4
-	@$(BIN)/fedcanary deploy up $(FLOWER) & \
+	@$(BIN)/fedcanary deploy up $(FLOWER) 2> $(FLOWER)/up.log & \
 	trap '$(BIN)/fedcanary deploy down $(FLOWER)' EXIT; \
 	$(BIN)/fedcanary deploy run $(FLOWER); code=$$?; [ $$code -eq 0 ] || [ $$code -eq 3 ]
 

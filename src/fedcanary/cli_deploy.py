@@ -145,8 +145,10 @@ def _status(arguments: argparse.Namespace) -> int:
         here = "running here" if node["process"] else "not running here"
         print(f"client {node['client']}: {here}{', ' + node['flower'] if node['flower'] else ''}")
     if word := found["run"]:
-        end = f", ended with exit code {word['ended']}" if "ended" in word else ""
-        print(f"run: round {word.get('round', 0)} of {word.get('rounds', '?')}{end}")
+        from fedcanary.engines.flower import live
+
+        now = f"ended with exit code {word['ended']}" if "ended" in word else live.line(word)
+        print("run: " + "; the last: ".join(part for part in (now, live.decision(word)) if part))
     return EXIT_OK
 
 

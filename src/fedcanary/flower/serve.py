@@ -48,6 +48,7 @@ def _run(link: Link, config: Mapping[str, Any], out: Path, told: _Live) -> int:
     told(step="loading")
     setup = prepare(study.load(file), cache())
     consent.check(setup)
+    told(rounds=setup.study.rounds)
     if state := config.get("state"):
         enrol.everybody(Path(str(state)), len(setup.population))
     registry = None
@@ -66,10 +67,10 @@ def _run(link: Link, config: Mapping[str, Any], out: Path, told: _Live) -> int:
 
     def watch(p: Progress) -> None:
         nonlocal alarmed
-        word: dict[str, Any] = {"round": p.round, "rounds": p.rounds}
+        word: dict[str, Any] = {"round": p.round}
         if p.verdict is not None:
             alarmed = alarmed or "alarm" in p.verdict.states.values()
-            word["verdict"] = {"states": dict(p.verdict.states), "action": p.verdict.action}
+            word["decided"] = {"round": p.round, "states": dict(p.verdict.states), "action": p.verdict.action}
             word |= {"exchanges": link.exchanges, "faults": dict(link.faults), "refused": dict(clients.refused)}
         told(**word)
 
@@ -79,14 +80,12 @@ def _run(link: Link, config: Mapping[str, Any], out: Path, told: _Live) -> int:
 
 
 class _Live:
-    """Writes `live.json`: what was said last of each thing; a new round's first word drops the last one's verdict."""
+    """Writes `live.json`: what was said last of each thing."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._word = file, dict[str, Any]()
 
     def __call__(self, **said: Any) -> None:
-        if said.get("round") != self._word.get("round"):
-            self._word.pop("verdict", None)
         self._word |= said
         draft = self._file.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps(self._word), "utf-8")
@@ -94,5 +93,4 @@ class _Live:
 
     def step(self, name: str, done: int, clients: int, round: int) -> None:
         """What an exchange is about, and how many have answered."""
-        self._word.pop("verdict", None)
         self(step=name, done=done, clients=clients, round=round)

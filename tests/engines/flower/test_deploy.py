@@ -303,10 +303,28 @@ def test_the_screen_shows_a_line_a_round_where_it_is_piped():
     screen = live.Screen(stream)
     word = {"round": 1, "rounds": 2, "step": "mask", "done": 3, "clients": 6}
     screen(word)
-    done = word | {"verdict": {"states": {"amplified_bias": "alarm", "x": "clear"}, "action": "hold"}}
-    screen(done)
-    screen(done)
-    assert stream.getvalue() == "round 1/2  ALARM amplified_bias  HOLD\n"
+    states = {"amplified_bias": "alarm", "x": "clear", "y": "unknown", "z": "unknown"}
+    done = word | {"decided": {"round": 1, "states": states, "action": "hold"}}
+    screen(done | {"round": 2, "step": "train", "done": 0})  # the next round's first word may come at once
+    screen(done | {"round": 2, "step": "train", "done": 1})
+    assert stream.getvalue() == "round 1/2  ALARM amplified_bias  CLEAR x  2 unknown  HOLD\n"
+
+
+def test_the_screen_changes_one_line_below_the_rounds_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    screen = live.Screen(stream)
+    screen({"round": 1, "rounds": 2, "step": "train", "done": 3, "clients": 6})
+    decided = {"round": 1, "states": {"x": "unknown"}, "action": "adopt"}
+    screen(
+        {"round": 2, "rounds": 2, "step": "agree", "done": 0, "clients": 6, "decided": decided}, "8 of 8 programs up"
+    )
+    first, second = ([shown.strip() for shown in row.split("\r\x1b[K")[1:]] for row in stream.getvalue().split("\n"))
+    assert first == ["round 1/2  train 3/6  0 s", "round 1/2  1 unknown"]
+    assert second == ["round 2/2  agree 0/6  8 of 8 programs up  0 s"]
 
 
 def test_a_run_that_told_an_error_ends_with_its_exit_code(tmp_path):

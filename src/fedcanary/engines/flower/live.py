@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,36 +21,50 @@ def read(out: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def line(word: Mapping[str, Any]) -> str:
+    """What is under way."""
+    parts = [f"round {word['round']}/{word.get('rounds', '?')}"] if "round" in word else []
+    parts += [f"{word['step']} {word.get('done', 0)}/{word.get('clients', '?')}"] if "step" in word else []
+    return "  ".join(parts)
+
+
+def decision(word: Mapping[str, Any]) -> str:
+    """What the last round that is over came to; empty before the first."""
+    decided = word.get("decided")
+    if not isinstance(decided, Mapping):
+        return ""
+    states = list(decided.get("states", {}).items())
+    parts = [f"round {decided.get('round')}/{word.get('rounds', '?')}"]
+    parts += [f"{state.upper()} {', '.join(found)}" for state in ("alarm", "clear") if (found := _of(states, state))]
+    parts += [f"{count} unknown"] if (count := len(_of(states, "unknown"))) else []
+    parts += [str(decided["action"]).upper()] if decided.get("action", "adopt") != "adopt" else []
+    return "  ".join(parts)
+
+
+def _of(states: Sequence[tuple[str, str]], wanted: str) -> list[str]:
+    return [mode for mode, state in states if state == wanted]
+
+
 class Screen:
-    """Shows a run's words: a line that changes on a terminal, one line a round elsewhere; none to no stream."""
+    """Shows a run's words: a line for each round, and on a terminal one below that changes; none to no stream."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self._live = stream is not None and stream.isatty()
         self._began = time.monotonic()
-        self._last = ""
+        self._last = self._decided = ""
 
     def __call__(self, word: Mapping[str, Any], beside: str = "") -> None:
         """Show `live.json` as it is now, with what else there is to say."""
-        parts = [] if "round" not in word else [f"round {word['round']}/{word.get('rounds', '?')}"]
-        verdict = word.get("verdict")
-        if isinstance(verdict, Mapping):
-            states = verdict.get("states", {})
-            alarms = [mode for mode, state in states.items() if state == "alarm"]
-            parts += [f"ALARM {', '.join(alarms)}"] if alarms else []
-            parts += [str(verdict["action"]).upper()] if verdict.get("action", "adopt") != "adopt" else []
-        elif "step" in word:
-            parts.append(f"{word['step']} {word.get('done', 0)}/{word.get('clients', '?')}")
-        line = "  ".join([*parts, *([beside] if beside else [])])
-        if not line or line == self._last or self._stream is None:
+        if (decided := decision(word)) not in ("", self._decided):
+            self._decided = decided
+            self.say(decided)
+        now = "  ".join(part for part in (line(word), beside) if part)
+        if not self._live or now in ("", self._last):
             return
-        whole = isinstance(verdict, Mapping) or not parts
-        if self._live:
-            clock = f"{time.monotonic() - self._began:.0f} s"
-            print(f"\r\x1b[K{line}  {clock}", end="\n" if whole else "", file=self._stream, flush=True)
-        elif whole:
-            print(line, file=self._stream, flush=True)
-        self._last = line
+        clock = f"{time.monotonic() - self._began:.0f} s"
+        print(f"\r\x1b[K{now}  {clock}", end="", file=self._stream, flush=True)
+        self._last = now
 
     def say(self, text: str) -> None:
         """A line that stays."""
