@@ -121,6 +121,22 @@ def test_a_planted_failure_is_said(make):
     assert any("on purpose: alignment erosion (strength 2)" in sentence for sentence in said)
 
 
+@pytest.mark.parametrize(
+    ("rest", "said"),
+    [
+        (["unknown"] * 4, "The other four are unknown, which is not a pass."),
+        (["clear"] * 3, "The other three are clear."),
+        (["unknown"], "The other mode is unknown, which is not a pass."),
+        (["clear", "unknown", "unknown"], "Of the other three, one is clear and two are unknown, which is not a pass."),
+    ],
+)
+def test_what_the_modes_beside_an_alarm_are(summary_of, rest, said):
+    summary = summary_of("all_alarm")
+    for mode, state in zip(Mode, rest, strict=False):
+        summary["modes"][mode]["state"] = state
+    assert said in headline(summary)
+
+
 def test_no_headline_calls_unknown_fine(summary_of):
     """False reassurance is the central failure: with one mode unknown, no sentence says all is clear."""
     summary = summary_of("all_clear")

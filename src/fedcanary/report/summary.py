@@ -177,7 +177,7 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
         first = f"{first}; {'; '.join(said)}."
         rest = len(Mode) - len(alarms)
         if rest:
-            more.insert(0, f"Of the other {COUNTS[rest]}, {_clear_unknown(clear, rest - clear)}.")
+            more.insert(0, f"{_rest(clear, rest - clear)}.")
         return [first, *more]
     if clear == len(Mode):
         tail = "All six modes are clear: each was shown to be within its margin."
@@ -221,6 +221,14 @@ def _clear_unknown(clear: int, unknown: int) -> str:
     counts = ((clear, "clear"), (unknown, "unknown"))
     said = [f"{COUNTS[n]} {'is' if n == 1 else 'are'} {word}" for n, word in counts if n]
     return " and ".join(said) + (", which is not a pass" if unknown else "")
+
+
+def _rest(clear: int, unknown: int) -> str:
+    """What the modes that are not in alarm are."""
+    if clear and unknown:
+        return f"Of the other {COUNTS[clear + unknown]}, {_clear_unknown(clear, unknown)}"
+    said = _clear_unknown(clear, unknown).removeprefix(COUNTS[clear + unknown])
+    return f"The other {'mode' if clear + unknown == 1 else COUNTS[clear + unknown]}{said}"
 
 
 def _count(n: int, noun: str) -> str:
