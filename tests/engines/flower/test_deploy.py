@@ -159,6 +159,7 @@ def test_a_client_of_an_attached_app_has_its_key_in_its_nodes_folder_and_is_told
     assert (listed[0], listed[1].key) == (3, key.public_key().public_bytes_raw())
     assert "exists" in refused(capsys, *words[1:])
     assert "-1 is no client's number" in refused(capsys, *words[1:-1], "-1")
+    assert "cannot be written" in refused(capsys, "keys", tmp_path / "registry.toml", "--client", "1")
     assert cli.main([*words, "--replace"]) == 0
     assert listed[1].key.hex() not in capsys.readouterr().out
 
