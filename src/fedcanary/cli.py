@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from fedcanary.pipeline import Progress
     from fedcanary.record import RunRecord
 
+# what a user's machine may say to any write; other errors of the system are ours
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_PLACE = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+
 
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
@@ -100,13 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if error.errno not in (*NO_SPACE, *NO_PLACE):
             raise
         again = getattr(arguments, "out", None) or getattr(arguments, "resume", None)
-        remedy = f"free space or choose another place, then: fedcanary run --resume {again}" if again else "free space"
-        print(
-            f"fedcanary {arguments.command}: 1 problem\n{error.filename or 'disk'}: {error.strerror}", file=sys.stderr
-        )
+        remedy = "free space" if error.errno in NO_SPACE else "choose another place, or make this one writable"
+        remedy += f", then: fedcanary run --resume {again}" if again and Path(again).is_dir() else ""
+        where = error.filename or "disk"
+        print(f"fedcanary {arguments.command}: 1 problem\n{where}: {error.strerror}", file=sys.stderr)
         print(f"    remedy: {remedy}", file=sys.stderr)
         return EXIT_BAD_INPUT
 

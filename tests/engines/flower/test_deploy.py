@@ -98,6 +98,13 @@ def test_every_wrong_use_is_one_error_and_leaves_nothing(tmp_path, study, capsys
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_folder_that_cannot_be_is_bad_input(tmp_path, study, capsys):
+    (tmp_path / "file").touch()
+    for words in (("init", tmp_path / "file" / "d", "--study", study), ("init", tmp_path / ("x" * 300))):
+        assert "choose another place" in refused(capsys, *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "study.toml"]
+
+
 def test_a_study_by_column_needs_the_number_of_nodes_said(tmp_path):
     (tmp_path / "data.jsonl").write_text("{}\n")
     columns = '[clients.columns]\ntext = "t"\nlabel = "l"\nclient = "c"\n'
@@ -159,7 +166,7 @@ def test_a_client_of_an_attached_app_has_its_key_in_its_nodes_folder_and_is_told
     assert (listed[0], listed[1].key) == (3, key.public_key().public_bytes_raw())
     assert "exists" in refused(capsys, *words[1:])
     assert "-1 is no client's number" in refused(capsys, *words[1:-1], "-1")
-    assert "cannot be written" in refused(capsys, "keys", tmp_path / "registry.toml", "--client", "1")
+    assert "Not a directory" in refused(capsys, "keys", tmp_path / "registry.toml", "--client", "1")
     assert cli.main([*words, "--replace"]) == 0
     assert listed[1].key.hex() not in capsys.readouterr().out
 

@@ -14,15 +14,11 @@ def one(folder: Path, client: int, *, replace: bool = False) -> str:
     """Make a client's identity in its node's own folder; returns its entry for everybody's `registry.toml`.
 
     Raises:
-        BadInput: the client's number is none, it has an identity and `replace` is not set, or the folder cannot be
-            written.
+        BadInput: the client's number is none, or it has an identity and `replace` is not set.
     """
     if not 0 <= client < 2**32:
         raise BadInput.of("--client", f"{client} is no client's number", "count the app's clients from 0")
-    try:
-        return certificates.registry_text({client: _member(place(folder / CLIENTS, client), client, replace)})
-    except OSError as error:
-        raise BadInput.of(str(folder), f"cannot be written ({error.strerror})", "name a folder of this node") from error
+    return certificates.registry_text({client: _member(place(folder / CLIENTS, client), client, replace)})
 
 
 def everybody(folder: Path, clients: int) -> None:
