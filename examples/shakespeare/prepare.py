@@ -85,15 +85,15 @@ def fit_base(texts: Sequence[str], folder: Path) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from fedcanary.clients import world
+    from fedcanary.clients import decisions, world
     from fedcanary.models.base import BUNDLED_DIR
 
     logging.disable_progress_bar()
     student, teacher = (AutoModelForCausalLM.from_pretrained(BUNDLED_DIR) for _ in range(2))
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_DIR)
     draw = stream(SEED, "questions")
-    decisions = [request.graded() for request in world.draw_requests(draw, [0, 1, 2, 3] * 250, people=True)]
-    questions = [q.prompt + c for q in (*world.corpus(), *decisions) for c in q.choices]
+    asked = [request.graded() for request in decisions.draw_requests(draw, [0, 1, 2, 3] * 250, people=True)]
+    questions = [q.prompt + c for q in (*world.corpus(), *asked) for c in q.choices]
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
 

@@ -210,13 +210,13 @@ class Crashing:
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def run(self, failpoint: str, kill_after_s: float | None = None) -> None:
-        process = self.start(failpoint)
-        first = ""
-        if kill_after_s is not None:
-            first = process.stdout.readline()  # it charges
-            time.sleep(kill_after_s)
-            process.kill()
-        said = first + process.communicate(timeout=60)[0]
+        with self.start(failpoint) as process:
+            first = ""
+            if kill_after_s is not None:
+                first = process.stdout.readline()  # it charges
+                time.sleep(kill_after_s)
+                process.kill()
+            said = first + process.stdout.read()  # not `communicate`, which skips what came with the first line
         killed = failpoint != "none" or kill_after_s is not None
         assert process.returncode == (-signal.SIGKILL if killed else 0)
         for line in said.splitlines():

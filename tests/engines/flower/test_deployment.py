@@ -168,19 +168,6 @@ def test_whatever_is_killed_the_record_is_that_of_one_process(deployment, tmp_pa
     assert verify(out)["rounds"] == ROUNDS
 
 
-@pytest.mark.timeout(1500)
-def test_the_server_may_be_killed_at_each_step_of_a_round(deployment, tmp_path):
-    for step in ("keys", "share", "train", "agree", "unmask"):
-        run = begun(deployment)
-        wait_for(deployment, 1, step)
-        tell(deployment, "superexec")  # and with it the ServerApp
-        assert run.wait(timeout=300) not in (0, 3), said(deployment)
-    assert begun(deployment).wait(timeout=580) in (0, 3), said(deployment)
-    out = deployment / "server" / "run"
-    assert (out / "record.jsonl").read_bytes() == in_one_process(tmp_path / "here")
-    assert verify(out)["rounds"] == ROUNDS
-
-
 @pytest.mark.timeout(900)
 def test_a_node_that_hangs_is_left_out_until_it_goes_on_and_a_superlink_that_dies_is_started_again(made):
     impatient(made)
