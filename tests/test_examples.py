@@ -165,6 +165,13 @@ def test_shakespeare_cuts_at_lines() -> None:
     ]
 
 
+def test_shakespeare_fits_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("shakespeare")
+    monkeypatch.setattr(module, "STEPS", 2)
+    assert 1 < module.fit_base([f"{word} a good day to thee" for word in "abcdefghijklmnop"], tmp_path) < 20
+    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "tokenizer.json").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_shakespeare_runs(tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ def fit_base(texts: Sequence[str], folder: Path) -> float:
         losses.append(said.item())
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return round(sum(losses[-50:]) / 50, 3)
+    last = losses[-50:]
+    return round(sum(last) / len(last), 3)
 
 
 def made_from(source: Path) -> str:
