@@ -220,8 +220,8 @@ class Taken:
 
     def functions(self):
         run = SimpleNamespace(fab_hash="hash", override_config={}, series_id=1, primary_task_type="", run_id=1)
-        receive = lambda: (self.message, None)  # noqa: E731
-        nothing = lambda *_: None  # noqa: E731
+        receive = lambda: (self.message, None)  # noqa: E731  # two stand-ins, a line each
+        nothing = lambda *_: None  # noqa: E731  # two stand-ins, a line each
         return 7, receive, nothing, lambda run_id: run, lambda hash, run_id: self.fab, nothing, nothing, nothing
 
 
@@ -327,12 +327,13 @@ def test_the_screen_changes_one_line_below_the_rounds_on_a_terminal():
     screen = live.Screen(stream)
     screen({"round": 1, "rounds": 2, "step": "train", "done": 3, "clients": 6})
     decided = {"round": 1, "states": {"x": "unknown"}, "action": "adopt"}
-    screen(
-        {"round": 2, "rounds": 2, "step": "agree", "done": 0, "clients": 6, "decided": decided}, "8 of 8 programs up"
-    )
+    now = {"round": 2, "rounds": 2, "step": "agree", "done": 0, "clients": 6, "decided": decided}
+    screen(now, "8 of 8 programs up")
     first, second = ([shown.strip() for shown in row.split("\r\x1b[K")[1:]] for row in stream.getvalue().split("\n"))
     assert first == ["round 1/2  train 3/6  0 s", "round 1/2  1 unknown"]
     assert second == ["round 2/2  agree 0/6  8 of 8 programs up  0 s"]
+    screen(now | {"ended": 0})
+    assert stream.getvalue().endswith("\r\x1b[K")  # the summary begins on a line of its own
 
 
 def test_a_run_that_told_an_error_ends_with_its_exit_code(tmp_path):
@@ -410,6 +411,7 @@ def test_a_deployment_runs_survives_a_killed_node_refuses_another_app_and_leaves
     server, nodes = deploy.load(made)
     log, keeper = made / "started.log", up(made)
     try:
+        # short, and asked for in many lambdas below
         said = lambda text, times=1: log.exists() and log.read_text().count(text) >= times  # noqa: E731
         until(lambda: said("node-000: up") and said("node-001: up"), 120, log)
         assert len(ports(server.id)) == 3

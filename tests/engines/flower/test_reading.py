@@ -100,11 +100,11 @@ def test_a_function_of_the_app_gets_what_it_asks_for_by_name():
 
 def test_reading_moves_no_generator_of_the_app():
     def draws():
-        return random.random(), float(np.random.rand()), float(torch.rand(1))  # noqa: NPY002
+        return random.random(), float(np.random.rand()), float(torch.rand(1))  # noqa: NPY002  # the app's may be the legacy one
 
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002  # the app's may be the legacy one
     expected = draws()
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002  # the app's may be the legacy one
     with undisturbed():
         draws()
         ModuleReader(Model, encode, LABELS).check(Model().state_dict())

@@ -86,7 +86,7 @@ class AttachTable(Table):
     held_out: Annotated[int, Field(ge=1, strict=True)] = 256
     """At most so many of a client's own examples are read."""
     registry: str | None = None
-    """File of the clients' keys, for secure aggregation in a deployment; in a simulation they are made."""
+    """File of the clients' keys, for secure sums in a deployment: the server's, and that of nodes without their own."""
     suites: tuple[SuiteTable, ...] = ()
 
 

@@ -24,7 +24,8 @@ def read(out: Path) -> dict[str, Any]:
 def line(word: Mapping[str, Any]) -> str:
     """What is under way."""
     parts = [f"round {word['round']}/{word.get('rounds', '?')}"] if "round" in word else []
-    parts += [f"{word['step']} {word.get('done', 0)}/{word.get('clients', '?')}"] if "step" in word else []
+    if "step" in word:
+        parts.append(word["step"] + (f" {word.get('done', 0)}/{word['clients']}" if "clients" in word else ""))
     return "  ".join(parts)
 
 
@@ -59,11 +60,13 @@ class Screen:
         if (decided := decision(word)) not in ("", self._decided):
             self._decided = decided
             self.say(decided)
-        now = "  ".join(part for part in (line(word), beside) if part)
-        if not self._live or now in ("", self._last):
+        now = "  ".join(part for part in ("" if "ended" in word else line(word), beside) if part)
+        if not self._live or now == self._last:
             return
-        clock = f"{time.monotonic() - self._began:.0f} s"
-        print(f"\r\x1b[K{now}  {clock}", end="", file=self._stream, flush=True)
+        clock = (
+            f"  {time.monotonic() - self._began:.0f} s" if now else ""
+        )  # else the line is left clear for what follows
+        print(f"\r\x1b[K{now}{clock}", end="", file=self._stream, flush=True)
         self._last = now
 
     def say(self, text: str) -> None:
