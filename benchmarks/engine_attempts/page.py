@@ -28,7 +28,7 @@ THINGS = {
     "allocator": Thing(
         "freed memory is kept (`keep_memory`)", "in use", "no new pages for every tensor; the process keeps its peak"
     ),
-    "stack": Thing("clients in a pass as `measure` chose", "measured", "found on the study's own first clients"),
+    "stack": Thing("clients in a pass as the search chose", "measured", "found on a run's own first passes"),
     "lean": Thing("lean norms and rotary positions", "in use", "fewer passes over memory, forward and backward"),
     "mask": Thing("no attention mask for causal models", "in use", "padding is at the right, where no token looks"),
     "one_table": Thing(
@@ -70,9 +70,7 @@ THINGS = {
         "for reading only: see the remarks on training through it",
     ),
     "sdpa": Thing("attention: sdpa in place of eager", "in use", "the library's own default"),
-    "threads": Thing(
-        "two threads in place of one", "measured", "`measure` takes more only if wall time is a fifth shorter"
-    ),
+    "threads": Thing("two threads in place of one", "measured", "more are taken only if wall time is a fifth shorter"),
 }
 
 

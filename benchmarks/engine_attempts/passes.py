@@ -18,7 +18,7 @@ from job import ALPHA, TARGETS, R
 from engine_attempts.measuring import CHECKED, REPEATS, race
 from engine_attempts.page import Part, Row
 from engine_attempts.work import ENCODER, MIDDLE, OF_A_READER, READERS, SMALL, WIDE, Cell, Work, asked, work
-from fedcanary.engines.stacking import keep_memory, measure
+from fedcanary.engines.stacking import Pace, Pacer, keep_memory, limits
 from fedcanary.models import stacked
 from fedcanary.models.adapters import Adapter, find_targets
 from fedcanary.models.base import Rows
@@ -62,29 +62,41 @@ def allocator(home: Path) -> Part:
     return rows, [f"Page faults of a training pass without and with `keep_memory`: {'; '.join(faults)}."]
 
 
+def searched(one: Work) -> Pace:
+    """A whole search, with passes of one step."""
+    pacer = Pacer(limits(one.base, one.lora, one.start, one.rows[:4], one.recipe, threads=1))
+    while not pacer.pace.next()[2]:
+        stack = pacer.next(1)
+        with pacer.timed(stack, stack * one.cell.batch * one.cell.tokens):
+            one.fit(stack)
+    return pacer.pace
+
+
 def stacks(home: Path) -> Part:
-    """The curve that `measure` goes along."""
+    """The curve that the search goes along."""
     rows, sizes = [], (1, 2, 4, 8, 16, 32)
     lines = [
-        "CPU ms of a client-step by clients in a pass (medians), and what `measure` chose, on one thread:",
+        "CPU ms of a client-step by clients in a pass (medians), what a search on the first passes chose, on one "
+        "thread, how many client-steps it took, and how many steps of its choice it lost by the other sizes:",
         "",
-        f"| cell | {' | '.join(f'K = {k}' for k in sizes)} | it chose | its CPU-s | in client-steps of its choice |",
+        f"| cell | {' | '.join(f'K = {k}' for k in sizes)} | it chose | client-steps | lost |",
         "|---|" + "---|" * (len(sizes) + 3),
     ]
     for cell, most in ((SMALL, 32), (MIDDLE, 32), (WIDE, 8), (ENCODER, 4)):
         one = work(home, cell)
         times = race({str(k): functools.partial(one.fit, k) for k in sizes if k <= most})
-        chosen, costs = [], []
-        for _ in range(3 if cell is SMALL else 1):
-            began = time.process_time()
-            chosen.append(measure(one.base, one.lora, one.start, one.rows[:4], one.recipe, threads=1).stack)
-            costs.append(time.process_time() - began)
+        chosen, steps, lost = [], [], []
+        for _ in range(3):
+            pace = searched(one)
+            chosen.append(pace.next()[0])
+            steps.append(sum(made.took for made in pace.passes))
+            cheapest = min(made.cpu for made in pace.passes if made.took == chosen[-1])
+            lost.append(sum(made.took * (made.cpu / cheapest - 1) for made in pace.passes))
         at = replace(cell, k=min(sorted(chosen)[len(chosen) // 2], most))
-        each = np.median(times[str(at.k)]) / at.k
         cells = [f"{np.median(times[str(k)]) / k * 1e3:.3g}" if k <= most else "" for k in sizes]
         lines.append(
             f"| {replace(cell, k=0).name.removesuffix(', K = 0')} | {' | '.join(cells)} "
-            f"| {', '.join(map(str, chosen))} | {np.median(costs):.1f} | {np.median(costs) / each:.0f} |"
+            f"| {', '.join(map(str, chosen))} | {np.median(steps):.0f} | {np.median(lost):.1f} |"
         )
         rows.append(Row("stack", at.name, times["1"] * at.k, times[str(at.k)], at.k, f" ({at.k})"))
     return rows, [*lines, ""]

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from job import ALPHA, LR, TARGETS, Job, R, finish, load, read
 
-from fedcanary.engines.stacking import keep_memory, measure
+from fedcanary.engines.stacking import Pacer, keep_memory, limits
 from fedcanary.models import stacked
 from fedcanary.models.adapters import Adapter, find_targets
 from fedcanary.models.base import Rows
 from fedcanary.models.base import load as load_base
 from fedcanary.personalize.fit import Recipe, fit
-
-
-def stacks(clients: int, size: int) -> Iterator[range]:
-    """The clients of each pass."""
-    return (range(first, min(first + size, clients)) for first in range(0, clients, size))
 
 
 def rows(job: Job, data: dict[str, np.ndarray], client: int) -> Rows:
@@ -41,34 +35,27 @@ def main(folder: Path, out: Path) -> None:
     lora = find_targets(base, r=R, alpha=ALPHA, targets=TARGETS[job.model])
     shared: Adapter = {name: torch.from_numpy(array) for name, array in load(folder / "start.npz").items()}
     recipe = Recipe(lr=LR, batch=job.batch, clip=0.0)
-    losses, size = [], 1
+    losses: list[float] = []
     keep_memory()
     began = time.process_time()
-    if job.rounds:  # the measurement is a part of what a run costs
-        first = [rows(job, data, client) for client in range(min(4, job.clients))]
-        pace = measure(
-            base,
-            lora,
-            shared,
-            first,
-            recipe,
-            threads=torch.get_num_threads(),
-            clients=job.clients,
-            steps=job.client_steps,
-        )
-        size = pace.stack
+    first = [rows(job, data, client) for client in range(min(4, job.clients))]
+    threads = torch.get_num_threads()
+    pacer = Pacer(limits(base, lora, shared, first, recipe, threads=threads, clients=job.clients))
     for round in range(job.rounds):
         total = {name: torch.zeros_like(tensor) for name, tensor in shared.items()}
-        loss = 0.0
-        for clients in stacks(job.clients, size):
-            fitted = fit(
-                base,
-                lora,
-                stacked.repeat(shared, len(clients)),
-                [rows(job, data, client) for client in clients],
-                recipe,
-                lambda k, _epoch, round=round, clients=clients: job.order(round, clients[k]),
-            )
+        loss, left = 0.0, range(job.clients)
+        while left:
+            size = pacer.next(round)
+            clients, left = left[:size], left[size:]
+            with pacer.timed(len(clients), len(clients) * job.rows * job.tokens):
+                fitted = fit(
+                    base,
+                    lora,
+                    stacked.repeat(shared, len(clients)),
+                    [rows(job, data, client) for client in clients],
+                    recipe,
+                    lambda k, _epoch, round=round, clients=clients: job.order(round, clients[k]),
+                )
             for name, tensor in fitted.params.items():
                 total[name] += (tensor - shared[name]).sum(0)
             loss += float(fitted.loss.sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from fedcanary.engines import reference, stacking
 from fedcanary.engines.local import LocalClients
 from fedcanary.engines.reference import base_probabilities
 from fedcanary.engines.setup import prepare
-from fedcanary.engines.stacking import Pace, keep_memory, measure, saved_bytes, settle
+from fedcanary.engines.stacking import REPEATS, Pace, Pacer, Pass, keep_memory, limits, saved_bytes
 from fedcanary.errors import BadInput
 from fedcanary.models import base, stacked
 from fedcanary.models.adapters import find_targets, initial
+from fedcanary.models.base import Rows
 from fedcanary.personalize.fit import Recipe
 from fedcanary.types import Item, Role
 
@@ -62,92 +63,157 @@ def table(count: int = 3, limit: int = 4) -> study.Study:
 
 
 def machine(best: int) -> Callable[[int], float]:
-    """A client gets cheaper until `best` are stacked, and dearer from there on; which sizes were tried."""
+    """What a client costs: less until `best` are stacked, and more from there on."""
+    return lambda k: 10 / k if k <= best else 10 * k / best**2
 
-    def cost(k: int) -> float:
-        tried.append(k)
-        return 10 / k if k <= best else 10 * k / best**2
 
-    tried: list[int] = []
-    cost.tried = tried
-    return cost
+def searched(
+    pace: Pace, cost: Callable[[int], float], wall: Callable[[int], float] = float, there: int = 10**6
+) -> Pace:
+    """The whole search on a machine with these costs, of stacks and of threads, with so many clients there."""
+    while not (found := pace.next())[2]:
+        stack, threads, _ = found
+        took = min(stack, there)
+        pace = replace(pace, passes=(*pace.passes, Pass(1, stack, took, threads, cost(took), wall(threads))))
+    return pace
+
+
+def search(guess: int, **more) -> Pace:
+    return Pace(tokens=1, **{"guess": guess, "most": 10_000} | more)
 
 
 @pytest.mark.parametrize("best", [1, 4, 32, 128])
 @pytest.mark.parametrize("guess", [1, 8, 64])
 def test_the_cheapest_stack_is_found_from_any_guess(best, guess):
-    cost = machine(best)
-    assert stacking._search(cost, guess, 10_000, 1e9) == best
-    assert len(cost.tried) == len(set(cost.tried)) and max(cost.tried) <= max(2 * best, 2 * guess)
+    pace = searched(search(guess), machine(best))
+    assert pace.next() == (best, 1, True)
+    tried = [made.asked for made in pace.passes]
+    assert tried[:REPEATS] == [guess] * REPEATS  # the first passes of all are near the best
+    assert tried.count(best) == REPEATS and max(map(tried.count, tried)) == REPEATS
+    assert max(tried) <= max(2 * best, guess)
 
 
 @pytest.mark.parametrize("slow", [2, 8, 64])
 def test_a_stack_is_never_taken_that_is_dearer_than_one_by_one(slow):
-    assert stacking._search(lambda k: 1.0 if k == 1 else 1.1, slow, 10_000, 1e9) == 1
+    assert searched(search(slow), lambda k: 1.0 if k == 1 else 1.1).next()[0] == 1
 
 
-def test_no_more_is_measured_than_it_is_worth_and_no_more_stacked_than_there_are():
-    for worth in (0, 5, 9, 30, 200):
-        cost = machine(128)
-        found = stacking._search(cost, 8, 10_000, worth)
-        assert sum(cost.tried) <= worth
-        assert found >= 8  # the guess, where nothing could be measured
-    cost = machine(128)
-    assert stacking._search(cost, 8, 20, 1e9) == 16
-    assert max(cost.tried) <= 20
+def test_twice_the_memory_has_to_pay():
+    assert searched(search(8), lambda k: 1.0 if k <= 8 else 0.97).next()[0] == 8
+    assert searched(search(8), lambda k: 1.0 if k <= 8 else 0.9).next()[0] == 16
+
+
+def test_a_size_far_off_is_tried_once():
+    tried = [made.asked for made in searched(search(8), machine(8)).passes]
+    assert {k: tried.count(k) for k in tried} == {8: 2, 1: 1, 4: 1, 16: 1}
+
+
+def test_the_faster_of_two_passes_counts():
+    times = iter([9.0, 1.0])  # the guess's first pass warms up
+    pace = searched(search(8, most=8), lambda k: next(times) if k == 8 else 2.0 if k == 1 else 3.0)
+    assert pace.next()[0] == 8
+
+
+def test_no_stack_is_sought_beyond_the_limits_or_that_cannot_be_filled():
+    assert max(made.asked for made in searched(search(8, most=20), machine(128)).passes) == 16
+    assert searched(search(8, least=4), machine(1)).next()[0] == 4
+    assert searched(search(8, least=8, most=8), machine(1)).passes == ()  # said, not sought
+    few = searched(search(8), machine(128), there=11)
+    assert few.next()[0] == 8 and [made.asked for made in few.passes] == [8, 8, 1, 4, 16, 16]  # 16 in vain
+
+
+def test_several_threads_are_kept_only_if_they_pay():
+    for gain, expected in ((0.5, 2), (0.9, 1)):
+        pace = searched(search(4, cores=(1, 2)), machine(4), lambda n, gain=gain: gain if n == 2 else 1.0)
+        assert pace.next() == (4, expected, True)
 
 
 def test_memory_bounds_the_stack_and_the_reading_pass(model, monkeypatch):
     lora, start, data = parts(model)
-    each = saved_bytes(model, lora, start, stacking._some(data[0], 2), RECIPE)
-    assert each > 2 * max(map(len, data[0].ids)) * 16 * 4  # at least one layer's activations
-    assert saved_bytes(model, lora, start, data[0], replace(RECIPE, batch=3)) > each
-    monkeypatch.setattr(stacking, "_search", lambda cost, guess, most, worth: most)
-    tokens = sum(len(ids) for ids in data[0].ids[:2])
     wide = max(map(len, data[0].ids))
     for kept in (2**15, 2**18):
         monkeypatch.setattr(stacking, "saved_bytes", lambda *args, kept=kept: kept)
-        room = int(2**20 / (kept / tokens))
-        pace = measure(model, lora, start, data, RECIPE, threads=1, memory=1)
-        assert (pace.stack, pace.tokens) == (room // (2 * wide), room)
-        assert measure(model, lora, start, data, RECIPE, stack=1000, threads=1, memory=1).stack == pace.stack
-    assert measure(model, lora, start, data, RECIPE, threads=1, memory=1, clients=1).stack == 1
+        room = 2**20 * wide // kept  # of one row's tokens
+        pace = limits(model, lora, start, data, RECIPE, threads=1, memory=1)
+        assert (pace.least, pace.most, pace.tokens) == (1, max(1, room // (2 * wide)), room)
+        said = limits(model, lora, start, data, RECIPE, stack=1000, threads=1, memory=1)
+        assert (said.least, said.guess, said.most) == (pace.most,) * 3
+    few = limits(model, lora, start, data, RECIPE, threads=1, memory=1000, clients=1)
+    assert few.next() == (1, 1, True)
 
 
-def test_several_threads_are_kept_only_if_they_pay(model, monkeypatch):
-    for gain, expected in ((0.5, 2), (0.9, 1)):
-        now = [0.0]
-
-        def trained(*args, gain=gain, now=now, **more):
-            now[0] += 1.0 if torch.get_num_threads() == 1 else gain
-
-        monkeypatch.setattr(stacking, "fit", trained)
-        monkeypatch.setattr(stacking, "saved_bytes", lambda *args: 100)
-        monkeypatch.setattr(stacking.time, "perf_counter", lambda now=now: now[0])
-        torch.set_num_threads(2)
-        assert measure(model, *parts(model), RECIPE, stack=1).threads == expected
+def test_one_row_tells_what_a_pass_keeps(model):
+    lora, start, data = parts(model)
+    one, three = (
+        saved_bytes(
+            model, lora, start, Rows(data[0].ids[:n], data[0].targets[:n], data[0].shape), replace(RECIPE, batch=3)
+        )
+        for n in (1, 3)
+    )
+    assert one > 2 * min(map(len, data[0].ids)) * 16 * 4  # at least one layer's activations
+    assert one < three < 3 * one  # it says rather too much: the adapters are kept once
 
 
-def test_what_is_said_is_not_measured(model, monkeypatch):
-    monkeypatch.setattr(stacking, "REPEATS", 1)
-    pace = measure(model, *parts(model), RECIPE, stack=7, threads=1)
-    assert (pace.stack, pace.threads) == (7, 1)
+def test_what_is_said_is_not_sought(model):
+    torch.set_num_threads(1)
+    assert limits(model, *parts(model), RECIPE, stack=7, threads=2).next() == (7, 2, True)
+    assert limits(model, *parts(model), RECIPE).cores == (1,)
+    assert limits(model, parts(model)[0], parts(model)[1], [], RECIPE, stack=5).next()[0] == 5
+    torch.set_num_threads(2)
+    assert limits(model, *parts(model), RECIPE).cores == (1, 2)
 
 
-def test_a_resumed_run_goes_on_at_its_pace(tmp_path):
-    file = tmp_path / "run" / "engine.json"
-    first = settle(file, lambda: Pace(stack=3, tokens=50, threads=1))
-    assert settle(file, lambda: Pace(stack=9, tokens=9, threads=9)) == first
-    file.write_text("{half")
-    with pytest.raises(BadInput, match="is damaged"):
-        settle(file, lambda: first)
+def passes(pacer: Pacer, rounds: Sequence[int], clients: int = 20, stop: int = 10**6) -> list[tuple[int, int]]:
+    """Round and clients of each pass, until the process is killed in the midst of the one numbered `stop`."""
+    made = []
+    for round in rounds:
+        left = clients
+        while left:
+            took = min(pacer.next(round), left)
+            made.append((round, took))
+            if len(made) > stop:
+                return made[:-1]
+            with pacer.timed(took, 1):
+                left -= took
+    return made
 
 
-def test_a_study_without_a_stack_measures_one_and_keeps_it(tmp_path):
-    setup = prepare(table(), tmp_path / "cache")
-    LocalClients(setup, tmp_path / "run" / "clients")
+@pytest.mark.parametrize("stop", range(0, 24, 3))
+def test_a_run_that_is_cut_off_anywhere_makes_the_same_passes_again(tmp_path, monkeypatch, stop):
+    """Last bits depend on the size of a pass: what was written of a round must come out the same again."""
+    file, seed = tmp_path / "run" / "engine.json", np.random.default_rng(stop)
+    monkeypatch.setattr(stacking.time, "process_time", lambda: float(seed.random()))  # no two timings agree
+    begin = search(4, most=16)
+    first = passes(Pacer.kept(file, lambda: begin), [1, 2, 3], stop=stop)
+    at = first[-1][0] if first else 1  # rounds before are whole
+    again = passes(Pacer.kept(file, lambda: pytest.fail("it is kept")), range(at, 4))
+    assert [one for one in first if one[0] == at] == again[: len([one for one in first if one[0] == at])]
+    content = file.read_text()
+    assert passes(Pacer.kept(file, lambda: begin), range(at, 4)) == again and file.read_text() == content
+
+
+def test_a_damaged_pace_is_bad_input(tmp_path):
+    file = tmp_path / "engine.json"
+    for damage in ("{half", "[]", "{}", '{"tokens": 1, "stack": 2}', '{"tokens": 1, "passes": [[1]]}'):
+        file.write_text(damage)
+        with pytest.raises(BadInput, match="is damaged"):
+            Pacer.kept(file, lambda: Pace(tokens=1))
+
+
+def test_a_study_without_a_stack_finds_one_on_its_first_passes(tmp_path):
+    """Every pass of the search is one of the training, and all that clients say is what single clients say."""
+    setup = prepare(table(count=12), tmp_path / "cache")
+    local = LocalClients(setup, tmp_path / "run" / "clients")
+    cohort, said = list(range(12)), {}
+    for clients in local._stacks(cohort, 1):
+        said |= local._stack(1, clients, setup.shared, None, range(1))
     written = json.loads((tmp_path / "run" / "engine.json").read_text())
-    assert written["stack"] >= 1 and written["threads"] == 1 and written["tokens"] >= 1
+    assert sorted(said) == cohort and written["passes"] and written["most"] <= 12
+    assert sum(made[2] for made in written["passes"]) <= 12
+    alone = LocalClients(prepare(table(count=12), tmp_path / "cache"), tmp_path / "alone" / "clients")
+    for client in cohort:
+        expected, found = alone._stack(1, [client], setup.shared, None, range(1))[client], said[client]
+        np.testing.assert_allclose(found.update, expected.update, rtol=0, atol=1e-4)
 
 
 def test_keeping_memory_is_harmless_anywhere(monkeypatch):

@@ -24,7 +24,7 @@ from fedcanary.engines.places import place
 from fedcanary.engines.plan import plan_of
 from fedcanary.engines.reference import base_probabilities
 from fedcanary.engines.setup import Setup
-from fedcanary.engines.stacking import Pace, measure, settle
+from fedcanary.engines.stacking import Pacer, limits
 from fedcanary.engines.store import Store
 from fedcanary.errors import ClientFailed, Problem
 from fedcanary.models import stacked
@@ -84,10 +84,10 @@ class LocalClients(Clients):
         self._recent = _Recent(KEPT)
         self._known: dict[Hashable, Rows] = {}  # with what the layers below the first adapter say
         self._room = float(self._study.engine.memory * 2**20)  # bytes that may still be kept of that
-        self._pace = self._settle(setup, folder.parent / "engine.json")
+        self._pacer = self._begin(setup, folder.parent / "engine.json")
         self._public = self._base.rows(self._items)
         self._public = self._below([self._public])[0]
-        self._base_public = base_probabilities(setup, self._pace.tokens)
+        self._base_public = base_probabilities(setup, self._pacer.pace.tokens)
         self._embedded = stacked.embed(self._base, self._public) if self._method.needs_embedding else np.zeros((0, 0))
         asked = self._study.probes.generate and self._base.task == "causal"
         self._unsafe = [i for i, item in enumerate(self._items) if asked and self._is_unsafe(i, item)]
@@ -128,37 +128,37 @@ class LocalClients(Clients):
                 for client, update in zip(clients, updates, strict=True)
             ]
 
-    def _settle(self, setup: Setup, file: Path) -> Pace:
-        """The pace of the run's file, or a new one by the training rows of the first clients."""
+    def _begin(self, setup: Setup, file: Path) -> Pacer:
+        """The pacer of the run's file, or a new one by the training rows of the first clients."""
         engine, first = self._study.engine, range(min(4, len(setup.population)))
         everyone = len(setup.population) // (self._study.rounds if self._study.privacy.rotates else 1)
         cohort = min(self._study.clients.per_round or everyone, everyone)
-        rows = max((len(self._train_rows(client, 1)) for client in first), default=0)
-        steps = cohort * self._study.rounds * self._recipe.epochs * -(-rows // self._recipe.batch)
-        return settle(
+        return Pacer.kept(
             file,
-            lambda: measure(
+            lambda: limits(
                 self._base,
                 self._lora,
                 setup.initial,
-                [stacked.below(self._base, self._lora, self._train_rows(client, 1)) for client in first],
+                [self._train_rows(client, 1) for client in first],
                 self._recipe,
                 stack=engine.stack or None,
                 threads=engine.threads,
                 memory=engine.memory,
                 clients=max(1, cohort),
-                steps=steps,
             ),
         )
 
     def _stacks(self, cohort: Sequence[int], round: int) -> Iterator[list[int]]:
         """The cohort in stacks of clients who have about as much to train on, so that few wait for others."""
-        size = self._pace.stack
-        for first in range(0, len(cohort), 4 * size):
-            near = cohort[first : first + 4 * size]
-            rows = {client: self._train_rows(client, round) for client in near}
-            near = sorted(near, key=lambda c: (len(rows[c]), sum(map(len, rows[c].ids)), c))
-            yield from (near[at : at + size] for at in range(0, len(near), size))
+        left, near = list(cohort), list[int]()
+        while left or near:
+            size = self._pacer.next(round)
+            if not near:
+                near, left = left[: 4 * size], left[4 * size :]
+                rows = {client: self._train_rows(client, round) for client in near}
+                near.sort(key=lambda c: (len(rows[c]), sum(map(len, rows[c].ids)), c))
+            yield near[:size]
+            near = near[size:]
 
     def _below(self, rows: Sequence[Rows], names: Sequence[Hashable] = (None,)) -> list[Rows]:
         """The rows with what the base's layers below the first adapter say of them, as far as memory allows.
@@ -167,7 +167,7 @@ class LocalClients(Clients):
         """
         found, room = [], self._study.engine.memory * 2**20 / len(rows)
         for one, name in zip(rows, names, strict=True):
-            known = self._known.get(name) or stacked.below(self._base, self._lora, one, self._pace.tokens, room)
+            known = self._known.get(name) or stacked.below(self._base, self._lora, one, self._pacer.pace.tokens, room)
             size = sum(states.nbytes for states in known.hidden or ())
             if name is not None and name not in self._known and 0 < size <= self._room:
                 self._known[name], self._room = known, self._room - size
@@ -256,7 +256,8 @@ class LocalClients(Clients):
                 return fit(self._base, self._lora, start, data, self._recipe, order, coins=coins, **how)
             return fit_private(self._base, self._lora, start, data, self._recipe, self._record_level, sources, **how)
 
-        return data, held, method.train(held, local_fit)
+        with self._pacer.timed(k, sum(len(ids) for rows in data for ids in rows.ids)):
+            return data, held, method.train(held, local_fit)
 
     def _kept(
         self,
@@ -382,7 +383,7 @@ class LocalClients(Clients):
         new = [j for j in range(len(clients)) if j not in known]
         if new:
             asked = [rows[j] for j in new]
-            scores = stacked.score(self._base, self._lora, [], asked, tokens=self._pace.tokens)
+            scores = stacked.score(self._base, self._lora, [], asked, tokens=self._pacer.pace.tokens)
             said |= dict(zip(new, self._probabilities(scores), strict=True))
         return [self._recent.get(("base", client), partial(said.__getitem__, j)) for j, client in enumerate(clients)]
 
@@ -394,7 +395,7 @@ class LocalClients(Clients):
             widest = max(len(z) for z in embedded)
             padded = [np.pad(z, ((0, widest - len(z)), (0, 0)), constant_values=np.nan) for z in embedded]
             weights = self._method.weights(held, padded)
-        return stacked.score(self._base, self._lora, adapters, rows, weights=weights, tokens=self._pace.tokens)
+        return stacked.score(self._base, self._lora, adapters, rows, weights=weights, tokens=self._pacer.pace.tokens)
 
     @staticmethod
     def _probabilities(scores: Sequence[Scores]) -> list[Array]:

@@ -109,9 +109,9 @@ class Host:
     def clients(self) -> LocalClients:
         """Those who train and answer, one at a time."""
         from fedcanary.engines.local import LocalClients
-        from fedcanary.engines.stacking import Pace, settle
+        from fedcanary.engines.stacking import Pace, Pacer
 
-        settle(self.folder / "engine.json", lambda: Pace(stack=1, tokens=1024, threads=1))
+        Pacer.kept(self.folder / "engine.json", lambda: Pace(tokens=1024))
         return LocalClients(self.setup, self.folder / "clients")
 
     @cached_property
