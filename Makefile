@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Nothing here needs a model hub: a missing file is an error, not a download.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-flower test test-all lint bench bench-silentbench bench-demo bench-plants bench-secagg bench-planner bench-speed bench-engine bench-flower bench-panels bench-monitoring example-hatecheck example-shakespeare bundled clean help
+.PHONY: demo demo-flower test test-all soak lint bench bench-silentbench bench-demo bench-plants bench-secagg bench-planner bench-speed bench-engine bench-flower bench-panels bench-monitoring example-hatecheck example-shakespeare bundled clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 22
@@ -55,6 +55,9 @@ test: $(VENV)/.test ## the default test suite (under 5 minutes on 2 cores)
 
 test-all: $(VENV)/.test ## every test, the slow, statistical, browser and service ones too
 	$(BIN)/python -m pytest -q -m 'slow or not slow' --timeout 1800
+
+soak: $(VENV)/.test ## 200 rounds over a SuperLink and six SuperNodes while nodes fail (hours)
+	FEDCANARY_SOAK_ROUNDS=200 $(BIN)/python -m pytest -q -s -m services tests/engines/flower/test_deployment_soak.py
 
 lint: $(VENV)/.test ## style and types
 	$(BIN)/ruff check .

@@ -2,80 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
+from deployed import (
+    NODES,
+    ROUNDS,
+    address,
+    begun,
+    counts,
+    fedcanary,
+    impatient,
+    in_one_process,
+    said,
+    started,
+    tell,
+    until_listening,
+    wait_for,
+    written,
+)
 
-from fedcanary import pipeline, study
-from fedcanary.cli_privacy import DEMONSTRATION
-from fedcanary.engines.flower.deploy import load_server
-from fedcanary.engines.flower.processes import free_port, living
-from fedcanary.engines.setup import cache, prepare
+from fedcanary.engines.flower.processes import free_port
 from fedcanary.engines.verify import verify
-from fedcanary.record import RunRecord
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
-NODES, ROUNDS = 4, 4
-STUDY = (
-    *(
-        f"rounds={ROUNDS}",
-        f"clients.count={NODES}",
-        "clients.examples=24",
-        "clients.eval_examples=8",
-        "personalize.epochs=1",
-    ),
-    *(
-        "privacy.panel=same",
-        "privacy.min_cohort=3",
-        "privacy.dropouts=0.3",
-        "privacy.noise=simulated",
-        "engine.stack=1",
-        "engine.threads=1",
-    ),
-)
-STARTED: list[subprocess.Popen] = []
-FEDCANARY = (sys.executable, "-m", "fedcanary")
-
-
-def sets() -> list[str]:
-    return [word for key in STUDY for word in ("--set", key)]
-
-
-def fedcanary(*words: str, **more) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([*FEDCANARY, *words], check=True, timeout=120, **more)
-
-
-def started(log: Path, *words: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
-    """A command that stays, whose output goes to a file: a pipe that a failed test leaves open is another's warning."""
-    with log.open("a") as stream:
-        found = subprocess.Popen([*before, *FEDCANARY, *words], stdout=stream, stderr=stream)
-    STARTED.append(found)
-    return found
-
-
-@contextmanager
-def written(folder: Path, *words: str) -> Iterator[Path]:
-    """A deployment that is not up, and is taken down with nothing left."""
-    fedcanary("deploy", "init", str(folder), *words, *sets())
-    try:
-        yield folder
-    finally:
-        fedcanary("deploy", "down", str(folder))
-        for one in STARTED:
-            one.kill()
-            one.wait()
-        STARTED.clear()
-        assert not living(load_server(folder / "server").id)
 
 
 @pytest.fixture
@@ -89,65 +44,6 @@ def deployment(made):
     """One that is up."""
     started(made.parent / "up.log", "deploy", "up", str(made))
     return made
-
-
-def in_one_process(out: Path) -> bytes:
-    """The record of the same study without Flower."""
-    out.mkdir()
-    (out / "engine.json").write_text('{"stack": 1, "tokens": 1024, "threads": 1}')
-    record = pipeline.run(prepare(study.load(DEMONSTRATION, STUDY), cache()), out)
-    return record.path.read_bytes()
-
-
-def begun(folder: Path) -> subprocess.Popen:
-    """`deploy run`."""
-    return started(folder.parent / "run.log", "deploy", "run", str(folder), "--json")
-
-
-def said(folder: Path) -> str:
-    return (folder.parent / "run.log").read_text()
-
-
-def word(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "server" / "run" / "live.json").read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def wait_for(folder: Path, round: int, step: str, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        now = word(folder)
-        assert "error" not in now, now
-        if now.get("round") == round and str(now.get("step", "")).startswith(step):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"round {round} never came to {step}: {word(folder)}")
-
-
-def tell(folder: Path, part: str, number: signal.Signals = signal.SIGKILL) -> None:
-    """A signal to all processes of a part."""
-    found = living(load_server(folder / "server").id, part)
-    assert found, f"no {part} to signal"
-    for pid in found:
-        os.kill(pid, number)
-
-
-def impatient(folder: Path, **seconds: int) -> None:
-    """The server waits for an exchange for a minute at most, and for nodes as long as is said."""
-    file = folder / "server" / "server.toml"
-    text = file.read_text()
-    for name, value in {"train": 60, "step": 60, **seconds}.items():
-        text = re.sub(rf"^{name}_seconds = \d+", f"{name}_seconds = {value}", text, flags=re.MULTILINE)
-    file.write_text(text)
-
-
-def counts(folder: Path) -> list[int]:
-    """How many clients are in each round's release, of a record that holds."""
-    out = folder / "server" / "run"
-    verify(out)
-    return [int(round["utility"].count) if round else 0 for round in RunRecord.load(out).releases().values()]
 
 
 def test_whatever_is_killed_the_record_is_that_of_one_process(deployment, tmp_path):
@@ -213,20 +109,6 @@ def test_a_wrong_key_and_another_contract_take_no_part_and_the_run_says_so(made)
     assert counts(made) == [NODES - 1] * ROUNDS
 
 
-def until_listening(folder: Path) -> None:
-    end = time.monotonic() + 60
-    while not load_server(folder / "server").address:
-        assert time.monotonic() < end
-        time.sleep(0.2)
-
-
-def address(folder: Path, node: Path) -> None:
-    """Tell a node where the SuperLink is."""
-    file = node / "node.toml"
-    where = load_server(folder / "server").address
-    file.write_text(re.sub(r'^superlink = ".*"', f'superlink = "{where}"', file.read_text(), flags=re.MULTILINE))
-
-
 NAMESPACE, THERE, HERE = "fedcanary-test", ("fcv0", "10.77.77.1"), ("fcv1", "10.77.77.2")
 
 
@@ -257,8 +139,7 @@ def wire():
 @pytest.mark.timeout(900)
 def test_a_network_that_is_cut_and_healed_costs_no_round(wire, tmp_path):
     """The nodes are in one namespace, the server in another; the wire between them is cut in the midst of two steps."""
-    port = str(free_port())
-    with written(tmp_path / "d", "--host", THERE[1], "--port", port) as folder:
+    with written(tmp_path / "d", host=THERE[1], port=free_port()) as folder:
         started(tmp_path / "server.log", "deploy", "server", str(folder / "server"))
         until_listening(folder)
         for client in range(NODES):
