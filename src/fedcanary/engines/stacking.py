@@ -2,10 +2,10 @@
 
 Stacking saves what every pass costs whatever its size, but a pass that no longer fits the processor's caches is slower
 for each of its tokens, and needs more memory. Where that turns depends on model, batch and machine. So the first passes
-of a run are made at a few sizes, each of them timed: about a thousand tokens, one client, and from the cheaper of these
-halves or doubles for as long as they are cheaper still. They are the training itself; nothing is trained only to be
-timed. A client's result depends on the size of its pass in the last bits of its floats, so what was tried is kept on
-disk, and a run that is cut off and resumed makes the same passes again.
+of a run are made at a few sizes, each of them timed: some five hundred tokens, half as many, from there on doubles or
+halves as it pays, and one client. They are the training itself; nothing is trained only to be timed. A client's result
+depends on the size of its pass in the last bits of its floats, so what was tried is kept on disk, and a run that is cut
+off and resumed makes the same passes again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from fedcanary.rng import stream
 
 REPEATS: Final = 2  # passes of a size, of which the faster counts: whatever disturbs one makes it slower
 REJECTED: Final = 1.25  # but a size is not tried again if its first pass costs so many times the cheapest so far
-GUESS: Final = 1024  # tokens in a pass
+GUESS: Final = 512  # tokens in a pass
+CACHED: Final = 1024  # and at most, on a processor: where it was measured, more no longer fitted its caches
 DOUBLE_PAYS: Final = 0.95  # twice the clients, who need twice the memory, must cost each this share of the time
 THREADS_PAY: Final = 0.8  # and several threads this share of one thread's wall time, or they would only burn
 SCORED: Final = 4096  # tokens in a pass that only reads, if memory allows: more do not make a token cheaper
@@ -99,16 +100,23 @@ class _Untried(Exception):  # no error: what the search asks for
 
 
 def _cheapest(cost: Callable[[int], float], guess: int, least: int, most: int) -> int:
-    """The cheaper of the guess and the least, and from there its halves, or else its doubles, while they pay.
+    """From the guess on the smallest stack whose doubling does not pay; or the least one, if that is cheaper.
 
-    Halves come first: a large pass that was only tried would leave its peak of memory behind.
+    Smaller stacks are tried first: a large pass that was only tried leaves its peak of memory behind. And what a
+    doubling saves falls with every doubling, as it is a share of what a pass costs whatever its size.
     """
-    found = best = guess if guess == least else min((guess, least), key=cost)
-    while (k := best // 2) >= least and cost(best) > cost(k):
-        best = k
-    while best >= found and (k := best * 2) <= most and DOUBLE_PAYS * cost(best) > cost(k):
-        best = k
-    return best
+
+    def pays(stack: int) -> bool:
+        return cost(stack) <= DOUBLE_PAYS * cost(max(least, stack // 2))  # the larger first: the first pass warms up
+
+    best = guess
+    if best > least and not pays(best):
+        while best > least and not pays(best):
+            best = max(least, best // 2)
+    else:
+        while 2 * best <= most and pays(2 * best):
+            best *= 2
+    return best if best == least or cost(best) < cost(least) else least
 
 
 def limits(
@@ -147,7 +155,8 @@ def limits(
         width, step = len(row.ids[0]), replace(recipe, epochs=1, dropout=0.0)
         room = max(1, memory * 2**20 * width // saved_bytes(base, lora, start, row, step))
         tokens = width * max(min(len(rows), recipe.batch) for rows in some)  # of one client's step
-        most = max(1, min(clients, room // tokens))
+        fitting = room if stack is not None or clock == "wall" else min(room, CACHED)
+        most = max(1, min(clients, fitting // tokens))
         guess = max(1, min(most, GUESS // tokens))
     least = 1
     if stack is not None:
