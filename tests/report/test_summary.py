@@ -190,6 +190,15 @@ def test_spread_is_the_distribution_of_the_clients_scores(make_from):
     assert set(summary["spread"]) == {"tau", "per_round"}
 
 
+def test_what_noise_carries_beyond_a_probability_is_cut(make_from):
+    said = summarise(make_from(lambda t, k: {"change": {}, "score": 0.5, "utility": (0.9, 1.3)}, rounds=2, clients=12))[
+        "utility"
+    ]
+    for block in (said, said["accuracy"]):
+        assert block["base"] == pytest.approx(0.9)
+        assert (block["last"], block["per_round"]) == (1.0, [1.0, 1.0])
+
+
 def test_masking_gap_agrees_with_the_clients_own_tables(make_from):
     bins, items, clients = 5, 20, 9
     confidence = stream(3, "confidence").uniform(0.3, 1.0, (clients, items))
