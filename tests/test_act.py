@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -295,6 +296,33 @@ def test_killed_anywhere_and_resumed_the_same_bytes(scripted, tmp_path, monkeypa
                     pipeline.run(setup, out, rebaseline=None if RunRecord.load(out).rebaselines() else reason)
         assert killed
         assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_killed_after_any_entry_of_the_record_and_resumed_the_same_bytes(scripted, tmp_path, monkeypatch):
+    """Between two releases of a round too: what is on disk of it is not written again."""
+
+    class Killed(Exception):
+        pass
+
+    setup = scripted(rounds=2)
+    pipeline.run(setup, tmp_path / "whole")
+    append, whole = RunRecord.append, RunRecord.load(tmp_path / "whole").entries
+    assert sum(one.kind == other.kind == "release" for one, other in pairwise(whole)) >= 5
+    for last in range(1, len(whole)):
+
+        def once(record, kind, body, last=last):
+            entry = append(record, kind, body)
+            if len(record.entries) == last:
+                raise Killed
+            return entry
+
+        out = tmp_path / f"killed {last}"
+        with monkeypatch.context() as patch:
+            patch.setattr(RunRecord, "append", once)
+            with pytest.raises(Killed):
+                pipeline.run(setup, out)
+        pipeline.run(setup, out)
+        assert contents(out) == contents(tmp_path / "whole"), whole[last - 1].kind
 
 
 def test_killed_before_it_could_say_held_it_is_held_all_the_same(scripted, tmp_path, monkeypatch):

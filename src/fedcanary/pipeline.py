@@ -123,9 +123,11 @@ def run(
             verdict = judge(evidence, releases.get("utility"), study.policy.on_alarm, past)
             past.append(Past(states=verdict.states, adopted=verdict.adopted))
             # 8 append; the report reads only the record
+            written = record.cut_off()  # by a run that ended here: it released the same
             for release in releases.values():
-                if release.probe != UPDATE:  # it is in the shared adapter's file, whose digest follows
-                    record.append("release", records.fields(release))
+                body = records.plain(records.fields(release))
+                if release.probe != UPDATE and body not in written:  # an update is in the adapter, whose digest follows
+                    record.append("release", body)
             record.append(
                 "round",
                 {

@@ -23,6 +23,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,11 @@ class RunRecord:
     def rounds(self) -> int:
         """How many rounds are complete."""
         return sum(1 for _ in self.of("round"))
+
+    def cut_off(self) -> list[Mapping[str, Any]]:
+        """The releases at the record's end, of a round that was cut off while they were written."""
+        written = list(takewhile(lambda entry: entry.kind == "release", reversed(self.entries)))
+        return [entry.body for entry in reversed(written)]
 
     @property
     def ended(self) -> bool:
