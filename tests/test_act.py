@@ -304,7 +304,7 @@ def test_killed_after_any_entry_of_the_record_and_resumed_the_same_bytes(scripte
     class Killed(Exception):
         pass
 
-    setup = scripted(rounds=2)
+    setup = scripted(rounds=2, clients=12)
     pipeline.run(setup, tmp_path / "whole")
     append, whole = RunRecord.append, RunRecord.load(tmp_path / "whole").entries
     assert sum(one.kind == other.kind == "release" for one, other in pairwise(whole)) >= 5

@@ -319,11 +319,11 @@ class EngineTable(Table):
 
     kind: Literal["inprocess"] = "inprocess"
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads; 0: all cores if a short measurement shows that they help, else one."""
+    """CPU threads; 0: all cores if the first passes show that they help, else one."""
     stack: Annotated[int, Field(ge=0, strict=True)] = 0
-    """Clients trained in one pass; 0: found by a short measurement. A number repeats a run to the last bit."""
+    """Clients trained in one pass; 0: found on the first passes. A number repeats a run to the last bit."""
     memory: Positive = 1024
-    """MiB that a pass may hold in activations; bounds `stack`, whether measured or said."""
+    """MiB that a pass may hold in activations; bounds `stack`, whether found or said."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run; auto: on a GPU if there is one."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -102,8 +102,8 @@ class _Untried(Exception):  # no error: what the search asks for
 def _cheapest(cost: Callable[[int], float], guess: int, least: int, most: int) -> int:
     """From the guess on the smallest stack whose doubling does not pay; or the least one, if that is cheaper.
 
-    Smaller stacks are tried first: a large pass that was only tried leaves its peak of memory behind. And what a
-    doubling saves falls with every doubling, as it is a share of what a pass costs whatever its size.
+    A larger one is tried only where the doubling before it paid: a pass that was only tried leaves its peak of memory
+    behind, and what a doubling saves falls with each, for it is a share of what a pass costs whatever its size.
     """
 
     def pays(stack: int) -> bool:
