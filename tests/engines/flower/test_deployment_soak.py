@@ -41,7 +41,7 @@ def resident(id: str, part: str) -> float:
 
 def test_soak_of_real_processes_with_one_of_six_failing_every_third_round(tmp_path):
     """At random, one node is killed, or hangs for a while, at a random step of every third round. The record is intact,
-    nothing is released below the floor, and no program grows by more than 30 MiB.
+    nothing is released below the floor, and no program grows by half a MiB a round.
     """
     rounds, drawn = int(os.environ.get("FEDCANARY_SOAK_ROUNDS", "20")), random.Random(20)
     plan = {
@@ -50,7 +50,7 @@ def test_soak_of_real_processes_with_one_of_six_failing_every_third_round(tmp_pa
     memory: dict[str, list[tuple[int, float]]] = defaultdict(list)
     journals: list[int] = []
     study = table(rounds=rounds, nodes=NODES, min_cohort="3", noise="system")
-    with up(tmp_path / "d", {"train": 40, "step": 20}, study=study) as folder:
+    with up(tmp_path / "d", {"train": 75, "step": 45}, study=study) as folder:
         id, out, began = load_server(folder / "server").id, folder / "server" / "run", time.monotonic()
         run, failed, asleep, seen = begun(folder), 0, dict[str, float](), 0
         while run.poll() is None:
@@ -94,13 +94,15 @@ def test_soak_of_real_processes_with_one_of_six_failing_every_third_round(tmp_pa
     assert all(count == 0 or count >= 3 for count in released)
     assert np.mean(released) > 5
     assert len(charges) == len(set(charges))
-    assert max(growth.values()) * rounds < 30
+    assert max(growth.values()) < 0.5
     assert max(journals) <= 1.5 * journals[len(journals) // 10]
 
 
 def grown(sizes: list[tuple[int, float]]) -> float:
-    """MiB a round, between the medians of a part's second tenth and of its last."""
-    tenth = max(1, len(sizes) // 10)
-    early, late = sizes[tenth : 2 * tenth] or sizes[:1], sizes[-tenth:]
+    """MiB a round, between the medians of a part's second tenth and of its last; not while it was down or starting."""
+    usual = np.median([size for _, size in sizes])
+    up = [(round, size) for round, size in sizes if size > 0.9 * usual]
+    tenth = max(1, len(up) // 10)
+    early, late = up[tenth : 2 * tenth], up[-tenth:]
     rise = np.median([size for _, size in late]) - np.median([size for _, size in early])
     return float(rise / max(1, late[0][0] - early[0][0]))
