@@ -105,8 +105,7 @@ class BaseModel:
     @property
     def head(self) -> Any:
         """A causal model's output layer."""
-        # transformers' own methods are attributes of nn.Module to a type checker
-        return self.model.get_output_embeddings()  # type: ignore[operator]
+        return self.model.get_output_embeddings()  # type: ignore[operator]  # to a type checker an nn.Module's attribute
 
     @cached_property
     def plain_head(self) -> bool:

@@ -95,8 +95,8 @@ class _Rotated(torch.autograd.Function):
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
-    # torch has no types for `apply`
-    found: Tensor = _RootMeanSquare.apply(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
+    apply: Any = _RootMeanSquare.apply  # which torch has no types for
+    found: Tensor = apply(x, norm.weight, norm.variance_epsilon)
     return found
 
 
@@ -112,8 +112,8 @@ def _rotary(
     if rest or more or cos.shape[-1] != q.shape[-1]:  # only some of each head's numbers are turned
         return original(q, k, cos, sin, *rest, **more)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    # torch has no types for `apply`
-    return _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)  # type: ignore[no-untyped-call]
+    apply: Any = _Rotated.apply  # which torch has no types for
+    return apply(q, cos, sin), apply(k, cos, sin)
 
 
 def _is_rms(norm: Any) -> bool:

@@ -368,6 +368,11 @@ def worst(mode_plan: ModePlan, mean_of: Callable[[Stream], float]) -> tuple[floa
     return max(found, key=lambda pair: pair[0], default=(math.nan, None))
 
 
+def cut(noised: float) -> float:
+    """A share or probability that noise may have carried beyond 0 or 1, where none is; NaN stays."""
+    return min(max(noised, 0.0), 1.0)
+
+
 def headline(mode_plan: ModePlan, release: Release) -> tuple[float, tuple[float, float], str]:
     """The mode's estimate over the round's clients with a 95% normal interval, and the stream it is of."""
     value, stream = worst(mode_plan, lambda s: release.mean_answered(s.coord))
@@ -378,8 +383,8 @@ def headline(mode_plan: ModePlan, release: Release) -> tuple[float, tuple[float,
     second = mean if stream.kind == "share" else release.sum(stream.square) / n
     half = 1.96 * math.sqrt(max(second - mean**2, 0.0) / n + (release.noise(stream.coord) / n) ** 2)
     low, high = value - half, value + half
-    if stream.kind == "share":  # noise carries it beyond 0 and 1, where no share is
-        low, value, high = (min(max(end, 0.0), 1.0) for end in (low, value, high))
+    if stream.kind == "share":
+        low, value, high = map(cut, (low, value, high))
     return value, (low, high), stream.name
 
 

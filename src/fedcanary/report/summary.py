@@ -368,11 +368,6 @@ def _mean(release: Release, coord: str) -> float:
     return release.mean_answered(coord) if coord in release.coords else math.nan
 
 
-def _share(noised: float) -> float:
-    """A share or probability, which noise may have carried beyond 0 or 1; NaN stays."""
-    return min(max(noised, 0.0), 1.0) if math.isfinite(noised) else noised
-
-
 def _utility(rounds: Sequence[Round], releases: Releases) -> dict[str, Any]:
     def block(what: str) -> dict[str, Any]:
         """The base's level is the same question in every round, so it is pooled over them: less noise."""
@@ -380,10 +375,10 @@ def _utility(rounds: Sequence[Round], releases: Releases) -> dict[str, Any]:
         weight = [_of(releases, b, UTILITY, lambda r: max(r.answered(), 0.0), 0.0) for b in rounds]
         known = [(value, w) for (value, _), w in zip(told, weight, strict=True) if math.isfinite(value)]
         total = sum(w for _, w in known)
-        base = _share(sum(value * w for value, w in known) / total if total else math.nan)
+        base = monitor.cut(sum(value * w for value, w in known) / total if total else math.nan)
         gains = [_of(releases, b, UTILITY, lambda r: _mean(r, f"{what}_gain")) for b in rounds]
-        now = [_share(base + gain) for gain in gains]
-        each = [_share(value) for value, _ in told]
+        now = [monitor.cut(base + gain) for gain in gains]
+        each = [monitor.cut(value) for value, _ in told]
         return {"base": base, "last": now[-1] if now else math.nan, "per_round": now, "base_per_round": each}
 
     noise = utility_gain(releases[int(rounds[-1]["round"])].get(UTILITY))[1] if rounds else math.nan
@@ -399,7 +394,7 @@ def _spread(rounds: Sequence[Round], releases: Releases, tau: float) -> dict[str
         if release is None or n <= 0:
             rows.append({"mean": None, "sd": None, "left_behind": None})
             continue
-        left_behind = _share(release.sum("tail") / n)
+        left_behind = monitor.cut(release.sum("tail") / n)
         if "score" not in release.coords:  # a detail, which stayed at the clients
             rows.append({"mean": None, "sd": None, "left_behind": left_behind})
             continue

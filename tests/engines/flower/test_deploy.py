@@ -411,8 +411,10 @@ def test_a_deployment_runs_survives_a_killed_node_refuses_another_app_and_leaves
     server, nodes = deploy.load(made)
     log, keeper = made / "started.log", up(made)
     try:
-        # short, and asked for in many lambdas below
-        said = lambda text, times=1: log.exists() and log.read_text().count(text) >= times  # noqa: E731
+
+        def said(text: str, times: int = 1) -> bool:
+            return log.exists() and log.read_text().count(text) >= times
+
         until(lambda: said("node-000: up") and said("node-001: up"), 120, log)
         assert len(ports(server.id)) == 3
         assert operate.submit(server, tmp_path / "out", live.Screen(None)) == EXIT_ALARM

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from deployed import NODES, ROUNDS, begun, counts, in_one_process, said, table, tell, up, wait_for, word
+from deployed import NODES, ROUNDS, begun, counts, in_one_process, released, said, table, tell, up, wait_for, word
 
 from fedcanary.engines.flower.application import write_app
 from fedcanary.engines.flower.node import HELLO, WORDS
@@ -102,7 +102,7 @@ def test_nodes_that_come_back_with_an_old_contract_or_another_base_are_out(tmp_p
         (old / "study.toml").write_text(re.sub(r"^epsilon = .*", "epsilon = 7.0", right, flags=re.MULTILINE), "utf-8")
         tell(folder, "node-001")
         wait_for(folder, 3, "train")
-        assert counts_so_far(folder)[1] == NODES - 1
+        assert released(folder)[1] == NODES - 1
         (old / "study.toml").write_text(right, "utf-8")
         tell(folder, "node-001")
         other_base(folder, model, tmp_path)
@@ -114,11 +114,6 @@ def test_nodes_that_come_back_with_an_old_contract_or_another_base_are_out(tmp_p
         refused = word(folder)["refused"]
         assert refused["other_contract"] >= 1
         assert refused["other_model"] >= 1
-
-
-def counts_so_far(folder: Path) -> list[int]:
-    releases = RunRecord.load(folder / "server" / "run").releases()
-    return [int(round["utility"].count) if round else 0 for round in releases.values()]
 
 
 @pytest.mark.parametrize("step", ["keys", "share", "train", "agree", "unmask"])

@@ -34,7 +34,7 @@ def resident(id: str, part: str) -> float:
             name = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
-        if not any(short in name for short in ("clientapp", "flwr-clientapp")):
+        if "clientapp" not in name:
             sizes += [int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS")]
     return sum(sizes)
 

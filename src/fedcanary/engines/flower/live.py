@@ -63,9 +63,7 @@ class Screen:
         now = "  ".join(part for part in ("" if "ended" in word else line(word), beside) if part)
         if not self._live or now == self._last:
             return
-        clock = (
-            f"  {time.monotonic() - self._began:.0f} s" if now else ""
-        )  # else the line is left clear for what follows
+        clock = f"  {time.monotonic() - self._began:.0f} s" if now else ""  # the line is left clear for what follows
         print(f"\r\x1b[K{now}{clock}", end="", file=self._stream, flush=True)
         self._last = now
 
