@@ -5,7 +5,8 @@
 Both ways of a thing take turns in one process, and what is judged are the ratios of neighbours: whatever else the
 machine does then falls on both. `--only` prints some parts, named as their functions, and writes nothing.
 
-measuring.py: turns and gains · work.py: the cells · passes.py, arithmetic.py, precision.py: the attempts · page.py
+measuring.py: turns and gains · work.py: the cells · passes.py, arithmetic.py, precision.py: the attempts · floor.py: what
+no attempt can go below · page.py
 """
 
 import sys

@@ -17,6 +17,7 @@ import engine_attempts  # noqa: E402, I001  # first: it puts the other folders o
 import prepare  # noqa: E402
 import torch  # noqa: E402
 from engine_attempts.arithmetic import attention, compiled, lean_parts, no_mask, optimizer, picked  # noqa: E402
+from engine_attempts.floor import products  # noqa: E402
 from engine_attempts.page import Part, Row, page  # noqa: E402
 from engine_attempts.passes import allocator, lower_layers, shared_prompts, stacks, threads  # noqa: E402
 from engine_attempts.precision import half, readings  # noqa: E402
@@ -38,6 +39,7 @@ PARTS: tuple[Callable[[Path], Part], ...] = (
     readings,
     attention,
     threads,
+    products,
 )
 
 
