@@ -1,12 +1,12 @@
 """What was tried to train and ask stacked adapters faster, with each thing and without; see speed/engine_attempts.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/engine_attempts [--only compiled,lean_parts] [--out FILE]    11 CPU-minutes
+    OMP_NUM_THREADS=1 python benchmarks/engine_attempts [--only compiled,lean_parts] [--out FILE]    7 CPU-minutes
 
 Both ways of a thing take turns in one process, and what is judged are the ratios of neighbours: whatever else the
 machine does then falls on both. `--only` prints some parts, named as their functions, and writes nothing.
 
-measuring.py: turns and gains · work.py: the cells · passes.py, arithmetic.py, precision.py: the attempts · floor.py: what
-no attempt can go below · page.py
+measuring.py: turns and gains · work.py: the cells · passes.py, arithmetic.py, precision.py: the attempts ·
+floor.py: what none of them can go below · page.py
 """
 
 import sys

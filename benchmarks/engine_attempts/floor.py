@@ -34,7 +34,7 @@ class Recorded(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, Sequence[tuple[Sequence[int], Sequence[int]]]]] = []
 
-    def __torch_dispatch__(  # noqa: D105
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in PRODUCTS:
