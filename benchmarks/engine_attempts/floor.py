@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,21 @@ PRODUCTS: Mapping[Any, int] = {  # by where their first factor is
 }
 
 
+Lie = tuple[tuple[int, ...], tuple[int, ...]]  # a tensor's shape and strides
+
+
 class Recorded(TorchDispatchMode):
     """While open, notes every matrix product: of which kind, and how its tensors lie in memory."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Sequence[tuple[Sequence[int], Sequence[int]]]]] = []
+        self.calls: list[tuple[Any, tuple[Lie, ...]]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in PRODUCTS:
-            self.calls.append((func, [(a.shape, a.stride()) for a in args if isinstance(a, Tensor)]))
+            self.calls.append((func, tuple((tuple(a.shape), a.stride()) for a in args if isinstance(a, Tensor))))
         return func(*args, **(kwargs or {}))
 
     @property
@@ -54,20 +57,12 @@ class Recorded(TorchDispatchMode):
         """The same products of random numbers. Products that are alike take the same tensors, so these are in the
         cache more often than a step's: what it takes is too little rather than too much.
         """
-        made: dict[Any, list[Tensor]] = {}
-        todo = []
-        for func, tensors in self.calls:
-            key = (func, tuple((tuple(shape), tuple(stride)) for shape, stride in tensors))
-            if key not in made:
-                made[key] = [
-                    torch.empty_strided(tuple(shape), tuple(stride)).normal_(std=1e-3) for shape, stride in tensors
-                ]
-            todo.append((func, made[key]))
+        made = {call: [torch.empty_strided(*lie).normal_(std=1e-3) for lie in call[1]] for call in set(self.calls)}
 
         def run() -> None:
             with torch.no_grad():
-                for func, tensors in todo:
-                    func(*tensors)
+                for call in self.calls:
+                    call[0](*made[call])
 
         return run
 

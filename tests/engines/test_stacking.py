@@ -336,7 +336,7 @@ def test_for_a_single_epoch_nothing_is_computed_ahead(tmp_path, monkeypatch):
 
 def test_a_gpu_that_is_not_there_is_bad_input(tmp_path):
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("this is about a machine without a GPU, and here is one")
     chosen = table().model_dump() | {"engine": {"device": "cuda"}}
     with pytest.raises(BadInput, match="this torch sees no GPU"):
         prepare(study.parse(chosen), tmp_path)

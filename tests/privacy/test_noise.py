@@ -87,8 +87,7 @@ def test_simulated_draws_repeat_and_real_ones_do_not():
     assert one.shape == (20, 4) and np.array_equal(one, two)
     draws = []
     for _ in range(2):
-        # the old global seed, because that is what real noise must not follow
-        np.random.seed(SEED)  # noqa: NPY002
+        np.random.seed(SEED)  # noqa: NPY002  # the old global seed is what real noise must not follow
         draws.append([gaussian_noise(1e6, 20), laplace_noise(1e6, 20)])
     assert not np.array_equal(draws[0], draws[1])
 
