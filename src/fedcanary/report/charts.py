@@ -252,9 +252,9 @@ def mode_chart(
         *frame.axes(share),
         *band(frame, lows, highs),
         tag("path", d=f"M{LEFT:.0f} {edge:.1f}H{WIDTH - RIGHT:.0f}", class_="margin"),
-        tag("text", "margin", x=WIDTH - RIGHT - 3, y=edge - 4, class_="flag end"),
         *(alarm_marks(frame, {since: []}) if since else []),
         *line(frame, estimates, "now"),
+        tag("text", "margin", x=WIDTH - RIGHT - 3, y=edge - 4, class_="flag end"),  # last: legible on a curve too
         *states_strip(frame, states),
     ]
     when = f" An alarm was raised in round {since}." if since else ""

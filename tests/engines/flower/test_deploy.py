@@ -82,11 +82,10 @@ def test_every_wrong_use_is_one_error_and_leaves_nothing(tmp_path, study, capsys
     (tmp_path / "full" / "x").touch()
     before = sorted(tmp_path.rglob("*"))
     (tmp_path / "bad.toml").write_text("roundz = 1\n")
-    text = refused(
-        capsys, "init", tmp_path / "full", "--study", tmp_path / "bad.toml", "--host", "a/b", "--port", "70000"
-    )
-    assert "4 problems" in text
-    for part in ("roundz", "not an empty folder", "no name or IPv4", "70000 is no port"):
+    wrong = ["--host", "a/b", "--port", "70000", "--nodes", "0"]
+    text = refused(capsys, "init", tmp_path / "full", "--study", tmp_path / "bad.toml", *wrong)
+    assert "5 problems" in text
+    for part in ("roundz", "0 nodes", "not an empty folder", "no name or IPv4", "70000 is no port"):
         assert part in text
     (tmp_path / "bad.toml").unlink()
     text = refused(capsys, "init", tmp_path / "n", "--study", study, "--host", "link.example", "--nodes", "1")

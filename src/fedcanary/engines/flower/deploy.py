@@ -196,7 +196,10 @@ def load(folder: Path) -> tuple[Server, list[Node]]:
 
 def _sized(path: Path, overrides: Sequence[str], nodes: int | None) -> tuple[Study, int]:
     sized = list(overrides)
-    chosen = studies.load(path, overrides)
+    try:
+        chosen = studies.load(path, overrides)
+    except BadInput as error:
+        raise BadInput([*error.problems, *_miscounted(nodes)]) from None
     generated, kind = chosen.clients.source == "generated", chosen.clients.partition.kind
     if nodes is None:
         nodes = chosen.clients.count if generated else chosen.clients.partition.clients
@@ -204,9 +207,15 @@ def _sized(path: Path, overrides: Sequence[str], nodes: int | None) -> tuple[Stu
         sized.append(f"clients.{'count' if generated else 'partition.clients'}={nodes}")
     if nodes is None:
         raise BadInput.of("--nodes", "this study's data say how many clients there are", "add --nodes N")
-    if not 2 <= nodes <= 1000:
-        raise BadInput.of("--nodes", f"{nodes} nodes", "from 2 to 1000; more clients are simulated")
+    if problems := _miscounted(nodes):
+        raise BadInput(problems)
     return studies.load(path, sized), nodes
+
+
+def _miscounted(nodes: int | None) -> list[Problem]:
+    if nodes is None or 2 <= nodes <= 1000:
+        return []
+    return [Problem("--nodes", f"{nodes} nodes", "from 2 to 1000; more clients are simulated")]
 
 
 def _write(draft: Path, study: Study, count: int, host: str, port: int, app: Path | None) -> None:
