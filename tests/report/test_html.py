@@ -235,3 +235,11 @@ def test_a_value_at_the_bound_says_at_least(make_from):
     text = Page(render(summarise(make_from(says, rounds=2, clients=9)))).text
     assert "≥ 0.25, margin 0.050" in text
     assert "the true change may be larger" in text
+
+
+@pytest.mark.parametrize(("estimates", "end"), [((0.0, 0.0, 0.1), False), ((0.1, 0.0, 0.0), True)])
+def test_the_word_at_the_margin_stands_where_the_curve_does_not(estimates, end):
+    curve = [(value, value - 0.01, value + 0.01, "unknown") for value in estimates]
+    drawn = charts.mode_chart("1", "Amplified bias", curve, 0.09, None)
+    (word,) = re.findall(r"<text[^>]*>margin</text>", drawn)
+    assert ("end" in word) == end

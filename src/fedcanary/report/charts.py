@@ -247,14 +247,20 @@ def mode_chart(
     states = [str(row[3]) for row in curve]
     frame = frame_for([*estimates, *lows, *highs], len(curve), least=0.0, around=(0.0, margin * 1.5, -margin / 2))
     edge = frame.y(margin)
+
+    def room(values: Sequence[Number]) -> float:  # between them and a word above the margin
+        return min((abs(frame.y(value) - edge + 8) for value in values if value is not None), default=math.inf)
+
+    first = room(estimates[:2]) > room(estimates[-2:])
+    x, class_ = (LEFT + 3, "flag") if first else (WIDTH - RIGHT - 3, "flag end")
     parts = [
         tag("rect", x=LEFT, y=frame.top, width=WIDTH - LEFT - RIGHT, height=edge - frame.top, class_="beyond"),
         *frame.axes(share),
         *band(frame, lows, highs),
         tag("path", d=f"M{LEFT:.0f} {edge:.1f}H{WIDTH - RIGHT:.0f}", class_="margin"),
+        tag("text", "margin", x=x, y=edge - 4, class_=class_),
         *(alarm_marks(frame, {since: []}) if since else []),
         *line(frame, estimates, "now"),
-        tag("text", "margin", x=WIDTH - RIGHT - 3, y=edge - 4, class_="flag end"),  # last: legible on a curve too
         *states_strip(frame, states),
     ]
     when = f" An alarm was raised in round {since}." if since else ""
